@@ -108,7 +108,7 @@ UV := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate
 BUILD := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "setuptools", sep="\n")
 lock:
 	test -x $(BIN)/uv || $(MAKE) $(VENV)/.installed
-	$(UV) pyproject.toml --output-file requirements/run.txt
+	$(UV) pyproject.toml --extra cluster --output-file requirements/run.txt
 	$(UV) pyproject.toml --extra dev --constraint requirements/run.txt --output-file requirements/dev.txt
 	$(UV) pyproject.toml --extra fuzz --constraint requirements/dev.txt --output-file requirements/fuzz.txt
 	$(BIN)/python -c '$(BUILD)' | $(UV) - --constraint requirements/dev.txt --output-file requirements/build.txt

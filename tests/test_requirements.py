@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-RUN = PROJECT["project"]["dependencies"]
+RUN = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["cluster"]
 DEVELOP = RUN + PROJECT["project"]["optional-dependencies"]["dev"]
 BUILD = [*PROJECT["build-system"]["requires"], "setuptools"]
 FUZZ = RUN + PROJECT["project"]["optional-dependencies"]["fuzz"]

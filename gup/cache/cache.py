@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Coroutine
+from dataclasses import replace
 
 from gup.cache.body import GrowingBody
 from gup.cache.catalog_cache import spell
@@ -102,6 +103,37 @@ class Cache:
             return None
         self._entries.used(entry)
         return opened
+
+    async def held(self, key: ContentKey, route: Route) -> Opened | None:
+        """The body if it is stored, or arrives here from the WAN at this moment; nothing is fetched."""
+        entry = await self._entries.get(key)
+        if entry is not None and (route.immutable or is_fresh(self._deps, entry.record)):
+            self._entries.used(entry)
+            return self._opened(entry, route, Result.HIT)
+        fill = self._fills.get(key)
+        if fill is not None and fill.body is not None and fill.from_wan():
+            return Opened(fill.body.reader(), Result.COLLAPSED, key, route.kind)
+        return None
+
+    async def span_alone(
+        self,
+        opened: Opened,
+        route: Route,
+        variant: Variant,
+        start: int,
+        stop: int,
+        passed: tuple[str, ...] = (),
+    ) -> Opened:
+        """Fetch a range of a growing body separately if the fill will not reach it soon; else as opened."""
+        try:
+            body = await self.pass_through.range(opened, route, variant, start, stop, passed)
+        except BaseException:
+            opened.body.leave()  # the client has gone
+            raise
+        if body is None:
+            return opened
+        opened.body.leave()
+        return replace(opened, body=body, result=Result.BYPASS)
 
     def _opened(self, entry: Entry, route: Route, result: Result) -> Opened:
         age = max(0, int(self._deps.wall_clock() - entry.record.validated_at))

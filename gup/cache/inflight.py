@@ -22,7 +22,11 @@ from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Share, Wan
+from gup.upstream.members import Members
 from gup.upstream.pool import Pool
+
+OF_MEMBER = "member "
+"""Begins the name of a client that asked another member of the cluster, for its fair turn here."""
 
 
 @dataclass(slots=True)
@@ -32,6 +36,7 @@ class FillDependencies:
     store: Store
     claims: Claims
     pool: Pool
+    members: Members
     counters: Counters
     queue: FillQueue
     space: Space
@@ -51,9 +56,17 @@ class FillDependencies:
     clock: Callable[[], float]
 
     def count_miss(self, client: str) -> bool:
-        """Count a request that needs an upstream; False when its client has too many in this second."""
+        """Count a request that needs an upstream; False when its client has too many in this second.
+
+        The clients of other members are limited there.
+        """
         most = self.settings.clients.max_misses_per_address
-        return not most or not client or self.misses.add_within(client, int(self.clock())) <= most
+        return (
+            not most
+            or not client
+            or client.startswith(OF_MEMBER)
+            or self.misses.add_within(client, int(self.clock())) <= most
+        )
 
     @property
     def longest_wait_seconds(self) -> float:
@@ -113,6 +126,8 @@ class Fill:
     """All of the body has arrived: the process does not stop before it is committed."""
     asks_gups: bool = True
     """Some of its upstreams are gups, or may be; known where `passed` names any."""
+    from_wan: Callable[[], bool] = lambda: False
+    """Whether its body arrives from the WAN at this moment, at this node."""
     share: Share = field(init=False)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all is over and another fill of the key may begin."""

@@ -38,7 +38,7 @@ from gup.cache.scheduler import FillSlot, class_of
 from gup.cache.store import BadDiskError, OpenFile, Store
 from gup.content.key import Kind
 from gup.errors import Problem, exhausted, is_exhausted
-from gup.upstream.download import Begun, BodyChanged, Download
+from gup.upstream.download import Begun, BodyChanged, Choice, Download
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, unconfirmed
 from gup.upstream.session import Ask
 
@@ -91,6 +91,7 @@ class Leader:
         self._room = Room(dependencies.space, dependencies.executor, dependencies.short)
         self._slot: FillSlot | None = None
         """Kept after it is left: it shows that the fill's clients no longer wait for the queue."""
+        self._has_slot, self._in_progress = False, 0
         self._next_look = 0.0
         self._began_at = dependencies.clock()
         error_ttl = dependencies.settings.cache.error_ttl
@@ -134,27 +135,21 @@ class Leader:
     # --- fetching
 
     async def _fetch(self, path: str) -> Problem | None:
-        """Fetch it, or the rest of it, when a slot is free.
-
-        While no upstream can be reached it fails instead of waiting for a slot, unless a part of it is
-        stored.
-        """
+        """Fetch it, or the rest of it: from a member of the cluster, or over the WAN when a slot is free."""
         fill, leftover = self._fill, self._leftover
         if leftover.state is not None and fill.body is not None:
             fill.inherits = True
-        if leftover.damaged is None and not leftover.is_whole and not fill.is_read:
-            self._deps.pool.refuse_while_away(fill.variant, self._key.text)
-        await self._take_slot()
         watching = self._watch_for_waiters() if fill.background else None
-        self._deps.counters.add("gup_fills_in_progress", 1)
         try:
+            await self._deps.members.settle()
             self._state.path, self._state.phase = path, Phase.REQUESTED
             fill.fetched = True
             nothing = await self._fetch_or_bypass_disk()
         finally:
             self._leave_upstream()
             self._leave_slot()
-            self._deps.counters.add("gup_fills_in_progress", -1)
+            self._has_slot = False
+            self._count_in_progress(0)
             if watching is not None:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
@@ -183,6 +178,7 @@ class Leader:
                 remote = await self._ask_upstream(None, self._record).begin()
                 if remote.status != 200:
                     return await self._end_without_body(remote)
+                self._count_in_progress(1)
                 await self._room.reserve(remote.length if remote.length is not None else STEP_BYTES)
                 head = head_of(self._key, remote, changed=self._bytes_changed)
                 body = self._begin_generation(head)
@@ -214,13 +210,48 @@ class Leader:
         return None
 
     def _ask_upstream(self, begun: Begun | None, record: Record | None) -> Download:
-        """A new download, not begun; with `record`, conditional on a change of the body.
+        """A new download, not begun; with `record`, conditional on a change of the body."""
+        self._leave_upstream()
+        deps, fill = self._deps, self._fill
+        resuming = begun is not None and fill.is_read
+        ask = Ask(
+            path=self._state.path,
+            purpose=self._purpose(),
+            stream=self._stream(),
+            stream_of_body=lambda: (deps.streams.add(self._key), str(fill.route.kind)),
+            if_none_match=record.upstream_etag if record else None,
+            if_modified_since=record.last_modified if record else None,
+            own_etag=record.etag if record else None,
+            share=fill.share,
+            passed=fill.passed,
+            client=fill.client,
+            key=self._key.text,
+        )
+        self._download = Download(
+            deps.pool,
+            deps.members,
+            lambda: self._open_wan(resuming=resuming),
+            ask,
+            deps.counters,
+            immutable=fill.route.immutable,
+            reread=self._reread,
+            begun=begun,
+            is_read=lambda: fill.is_read,
+            holds=self._holds,
+            clock=deps.clock,
+        )
+        download = self._download
+        fill.from_wan = lambda: download.is_on_wan
+        return self._download
+
+    async def _open_wan(self, *, resuming: bool) -> Choice:
+        """Take a fill slot and choose the upstreams to ask.
 
         UpstreamFailure when no upstream is up, or all are on hold.
         """
-        self._leave_upstream()
         deps, fill, holds = self._deps, self._fill, self._holds
-        resuming = begun is not None and fill.is_read
+        await self._take_slot()
+        self._count_in_progress(1)
         fill.asks_gups = bool(fill.passed) and deps.pool.asks_gups(fill.variant, self._key.text)
         candidates = deps.pool.candidates(fill.variant, self._key.text, fill.passed)
         chosen = (
@@ -236,31 +267,7 @@ class Leader:
             )
             retry = min(holds.seconds_left(upstream.name) for upstream in chosen)
             raise UpstreamFailure("error", "upstream-error", detail, again=False, retry_after_seconds=retry)
-        ask = Ask(
-            path=self._state.path,
-            purpose=self._purpose(),
-            stream=self._stream(),
-            stream_of_body=lambda: (deps.streams.add(self._key), str(fill.route.kind)),
-            if_none_match=record.upstream_etag if record else None,
-            if_modified_since=record.last_modified if record else None,
-            share=fill.share,
-            passed=fill.passed,
-            client=fill.client,
-        )
-        self._download = Download(
-            deps.pool,
-            upstreams,
-            ask,
-            deps.counters,
-            immutable=fill.route.immutable,
-            reread=self._reread,
-            begun=begun,
-            reserve=[u for u in candidates if u not in chosen and not holds.seconds_left(u.name)],
-            is_read=lambda: fill.is_read,
-            holds=holds,
-            clock=deps.clock,
-        )
-        return self._download
+        return upstreams, [u for u in candidates if u not in chosen and not holds.seconds_left(u.name)]
 
     def _leave_upstream(self) -> None:
         if self._download is not None:
@@ -295,10 +302,16 @@ class Leader:
     async def _take_slot(self) -> None:
         """Take a slot, to be left when it is no longer needed; Problem when there is none in time.
 
-        A background fill needs none: it streams only while no other fill does, and few are begun at once.
+        While no upstream can be reached it fails instead of waiting, unless a part of the body is stored. A
+        background fill needs none: it streams only while no other fill does, and few are begun at once.
         (The WAN's order is not enough: without a rate, or with one above the link's, it has no effect.)
         """
-        deps, fill = self._deps, self._fill
+        deps, fill, leftover = self._deps, self._fill, self._leftover
+        if self._has_slot:
+            return
+        self._has_slot = True
+        if leftover.damaged is None and not leftover.is_whole and not fill.is_read:
+            deps.pool.refuse_while_away(fill.variant, self._key.text)
         if fill.background:
             return
         waited_seconds = 0.0 if self._slot is not None else deps.clock() - fill.since
@@ -332,6 +345,11 @@ class Leader:
     def _leave_slot(self) -> None:
         if self._slot is not None:
             self._slot.leave()
+
+    def _count_in_progress(self, now: int) -> None:
+        """Once it has a slot, or a member sends it."""
+        self._deps.counters.add("gup_fills_in_progress", now - self._in_progress)
+        self._in_progress = now
 
     # --- generations
 
@@ -794,7 +812,8 @@ class Leader:
         """
         deps, fill = self._deps, self._fill
         if problem.slug in _EXPECTED:
-            ttl_seconds = deps.settings.cache.negative_ttl
+            stands = problem.stands_seconds
+            ttl_seconds = deps.settings.cache.negative_ttl if stands is None else stands
         drop = drop or problem.slug in ("upstream-bad-body", "upstream-unsure-end")
         if not is_shared(problem, fill.passed, asks_gups=fill.asks_gups):
             ttl_seconds = 0.0

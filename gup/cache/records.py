@@ -295,8 +295,9 @@ class Failure:
         return 0 < self.until - monotonic_now <= self.ttl
 
     def problem(self, monotonic_now: float) -> Problem:
-        retry = None if PROBLEMS[self.slug].status in (404, 410) else max(self.until - monotonic_now, 1.0)
-        return Problem(self.slug, self.detail, retry_after_seconds=retry)
+        left = self.until - monotonic_now
+        retry = None if PROBLEMS[self.slug].status in (404, 410) else max(left, 1.0)
+        return Problem(self.slug, self.detail, retry_after_seconds=retry, stands_seconds=left)
 
 
 BodyIdentity = tuple[_Detail | None, _Detail | None, Count | None]
@@ -388,8 +389,11 @@ def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> He
     """The head of a body that `remote` announces.
 
     Its strong ETag is made of key, length and the first response's validators; random if it has none, or
-    other bytes were known under them (`changed`).
+    other bytes were known under them (`changed`). A member's head is kept as it is.
     """
+    if (given := remote.given) is not None:
+        validators = given.last_modified, given.upstream, given.upstream_etag
+        return Head(remote.length, given.etag, remote.content_type, *validators)
 
     def kept(text: str | None, pattern: str) -> str | None:
         return text if text is not None and len(text) <= _MAX_FIELD and re.fullmatch(pattern, text) else None

@@ -13,6 +13,7 @@ from gup.config import Settings
 from gup.content.catalog import Catalogues, Label, Stream
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
+from gup.control.cluster import ClusterControl
 from gup.errors import GupError, Problem
 from gup.metrics import Counters
 
@@ -57,6 +58,8 @@ class ControlDependencies:
     upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]]
     """Each upstream's state ("down", "doubtful", …), and since when; None: since the start."""
     wan_rate: Callable[[], int]
+    """Of this gup's fills: in a cluster a part of the site's."""
+    site_rate: Callable[[], int]
     workers: Callable[[], Sequence[Mapping[str, object]]]
     """`slot`, `pid`, `up_since`, `ready` and `leaving` of each."""
     config_ok: Callable[[], bool]
@@ -87,6 +90,8 @@ class ControlDependencies:
     """Each upstream's catalogue: `source`, `streams`, `read_at`, `problem`."""
     catalogue_rows: Callable[[], Catalogues]
     """The present rows of the upstreams' catalogues."""
+    cluster: ClusterControl | None = None
+    """None: this gup is alone."""
     unlisted: Callable[[str], None]
     """Called with a moniker that a client asked for and no catalogue lists."""
 

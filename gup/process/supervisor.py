@@ -28,7 +28,7 @@ from gup import log
 from gup.cache.fair_shares import clear_column, shares_file
 from gup.cache.store import Store
 from gup.cache.streams import free_streams, idle_streams
-from gup.config import Settings
+from gup.config import Cluster, Settings
 from gup.control.auth import local_path, make_local_token
 from gup.errors import GupError, SettingsError
 from gup.process import handover, shared_memory, sockets
@@ -410,6 +410,8 @@ class Supervisor:
             slot.move(Phase.ENDED)
         if self._trial is not None:
             self._end_trial(["the service is stopping"])
+        if self._settings.cluster.url is not None:
+            self._send([self._controller], {"goodbye": True})
         self._send(self._every("worker"), {"drain": True})
         # When the workers have closed their copies too, new connections are refused.
         sockets.close(*self._listeners.data)
@@ -704,8 +706,10 @@ _FIXED = {
     "listen": ("address", "port", "admin_address", "admin_port", "backlog"),
     "cache": ("directory",),
     "site": ("name",),
+    "cluster": tuple(Cluster.model_fields),
 }
-"""Settings that need a restart: sockets, cache directory, the name in Via."""
+"""Settings that need a restart: sockets, cache directory, the name in Via, the cluster.
+(The cluster's files are read again on reload.)"""
 
 
 def differing(old: BaseModel, new: BaseModel, above: str = "") -> list[str]:

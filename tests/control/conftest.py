@@ -180,6 +180,7 @@ class World:
             set_store_bytes=self.store_bytes.append,
             promised_bytes=lambda: 0,
             wan_rate=lambda: self.wan_rate,
+            site_rate=lambda: self.wan_rate,
             workers=lambda: self.workers,
             config_ok=lambda: self.config_ok,
             reload=self.reload,

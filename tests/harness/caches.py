@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.content import MONIKER
 from harness.internals import (
+    CLOCK_WORDS,
     CUT,
     FAILURE_WORDS,
     ROW_WORDS,
@@ -19,6 +20,7 @@ from harness.internals import (
     ClientCounts,
     FillDependencies,
     FillQueue,
+    Members,
     MemoryFiles,
     NegativeCache,
     Opened,
@@ -118,7 +120,7 @@ async def working(
     store.prepare()
     names = [upstream.name for upstream in settings.upstream]
     counters = private_counters(names)
-    words = memoryview(bytearray(16)).cast("Q")
+    words = memoryview(bytearray(8 * CLOCK_WORDS)).cast("Q")
     wan = Wan(words, 0, private_turns(), lambda: settings.wan.rate, store.run / "wan.lock")
     pool = Pool(settings.upstream, counters, wan, user_agent="gup/test", via="1.1 test (gup)")
     executor = ThreadPoolExecutor(8)
@@ -148,6 +150,7 @@ async def working(
         store=store,
         claims=claims,
         pool=pool,
+        members=Members(counters),
         counters=counters,
         queue=queue,
         space=Space(
@@ -191,6 +194,7 @@ async def working(
     finally:
         await cache.stop()
         await pool.close()
+        await dependencies.members.close()
         dependencies.short.close()
         executor.shutdown(wait=True)
         wan.close()

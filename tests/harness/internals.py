@@ -34,5 +34,6 @@ from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
 from gup.server.listener import Listener
 from gup.server.policy import Policy
-from gup.upstream.bandwidth import Turns, Wan
+from gup.upstream.bandwidth import CLOCK_WORDS, Turns, Wan
+from gup.upstream.members import Members
 from gup.upstream.pool import Pool
