@@ -61,6 +61,24 @@ def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
     os.close(replaced_file(path, content, durable=durable))
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line, readable by the owner only, that survives a power cut; OSError, and then it may be torn.
+
+    What a crash or a full disk left of an earlier line is ended first.
+    """
+    new = not path.exists()
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(fd).st_size
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        write_all(fd, (b"\n" if torn else b"") + line + b"\n")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    if new:
+        sync_folder(path.parent)
+
+
 def replaced_file(path: Path, content: bytes, *, durable: bool = True) -> int:
     temporary = path.with_name(f"{path.name}.new")
     temporary.unlink(missing_ok=True)  # it may be another user's, with other rights

@@ -316,6 +316,8 @@ class Control:
             jobs.every(_RESTART_SECONDS, f"prefetch {lane}", partial(state.prefetcher.run, lane))
         jobs.every(600.0, "reconcile", self._reconcile)
         jobs.every(1.0, "flush", self._flush)
+        jobs.start("purge", state.evictor.purge_again())
+        jobs.every(1.0, "purge", state.evictor.remove_left)
         jobs.every(60.0, "touch", self._touch)
         jobs.every(2.0, "reports", state.reports.write_clients)
         jobs.every(3600.0, "prune", state.reports.prune)
