@@ -292,7 +292,7 @@ class ChildProcess(ABC):
 
 
 def _node_name(settings: Settings) -> str:
-    """The site's name, and a hash that differs for each host and cache directory; all of a cluster have one."""
+    """The site's name, and a hash that differs for each host and cache directory, but not in a cluster."""
     cluster = settings.cluster
     own = f"{settings.cache.directory.resolve()}\n{socket.gethostname()}"
     own = f"cluster\n{cluster.site}" if cluster.url is not None else own

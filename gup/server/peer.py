@@ -1,7 +1,7 @@
 """The peer port: what other members of the cluster ask this node, and its answers.
 
-Rules, limits and reports are the asking node's business, which chose the key. Every question and every answer's
-head is signed (gup.cluster.signing).
+Rules, limits and reports are the asking node's business, which chose the key. Every question and the head of
+every answer are signed (gup.cluster.signing).
 """
 
 import asyncio

@@ -209,7 +209,7 @@ class Members:
     # --- what Answer needs
 
     def count_received(self, upstream: Upstream, ask: Ask, stream: tuple[int, str], amount: int) -> None:
-        del ask, stream
+        del upstream, ask, stream
         self._counters.add("gup_peer_received_bytes_total", amount)
 
     def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:

@@ -32,7 +32,7 @@ def upstream():
 def until() -> Callable:
     async def wait(condition: Callable[[], object], what: str, seconds: float = 10.0) -> None:
         async with asyncio.timeout(seconds):
-            while not condition():
+            while not condition():  # noqa: ASYNC110 - of sockets and other processes
                 await asyncio.sleep(0.005)
         assert condition(), what
 
@@ -116,7 +116,7 @@ async def cluster(root, urls, count: int, **sections) -> AsyncIterator[list[Node
             handler = PeerHandler(
                 deps, worker.cache, downloads, log, "site", name, lambda: SIGNER, lambda: [now_ms()]
             )
-            listener = Listener([listening], deps.settings, handler, PeerAdmission(), lambda _: None)
+            listener = Listener([listening], None, deps.settings, handler, PeerAdmission(), lambda _: None)
             listener.start()
             nodes.append(Node(name, worker, listener, listening.getsockname()[1], known))
         for node in nodes:

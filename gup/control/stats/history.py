@@ -51,7 +51,14 @@ FIGURES = {
     "gup_fills_total": "fills.{outcome}",
 }
 """The sums of a minute or hour: a metric, and the name of its sum, with labels of the series in it."""
-METRICS = (*FIGURES, "gup_stream_sent_bytes_total", "gup_stream_received_bytes_total", STREAM_WASTED.name)
+METRICS = (
+    *FIGURES,
+    "gup_peer_sent_bytes_total",
+    "gup_peer_received_bytes_total",
+    "gup_stream_sent_bytes_total",
+    "gup_stream_received_bytes_total",
+    STREAM_WASTED.name,
+)
 """The metrics whose series make up a day."""
 EARLIER = ""
 """The day of everything counted before the days that are kept."""
