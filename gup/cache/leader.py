@@ -133,7 +133,8 @@ class Leader:
                 raise
             await self.fail(exhausted(error))
         finally:
-            self._fill.step_aside = None
+            self._fill.step_aside = None  # no cycle that holds files
+            self._fill.from_wan = lambda: False
             self._end_aside()
             self._writer = None  # its descriptors close when no thread writes any more
             if self._memory is not None and not self._memory.finished:

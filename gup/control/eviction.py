@@ -291,12 +291,13 @@ class Evictor:
         return freed
 
     async def purge_all(self, keys: Sequence[ContentKey], selection: Selection | None) -> tuple[int, int]:
-        """How many were purged, and the bytes freed, without those whose claim is taken: these go later.
+        """How many were purged, and the bytes freed.
 
-        With `selection` nothing that it selects is served any more that was fetched before; without, it
-        depended on times: only what is stored now is removed, and not while its claim is taken.
+        With `selection` nothing that it selects is served any more that was fetched before; files whose claim
+        is taken go later. Without, it depended on times: only what is stored is removed, and what is claimed
+        is left.
         """
-        before, freed = len(self._left), 0
+        freed = 0
         if selection is not None:
             freed += await self._note(selection, keys)
         busy = 0
@@ -312,7 +313,6 @@ class Evictor:
                         busy += 1
                 if number % _BATCH == 0:
                     self._dependencies.raise_store_epoch()
-            busy += len(self._left) - before
             if selection is not None:
                 freed += await self._remove_parts()
         finally:
@@ -395,9 +395,9 @@ class Evictor:
         kept = [purge for purge in purges if time.time() - purge.at < KEPT_SECONDS]
         if len(kept) < len(purges):
             await asyncio.to_thread(keep_purges, run, kept)
-        self._dependencies.share_purge(self._dependencies.purges.now)
         if not kept:
             return
+        self._dependencies.share_purge(self._dependencies.purges.now)
         latest = kept[-1].at + _COMMITS_SECONDS
         async for rows in self._index.rows.every():
             for row in rows:

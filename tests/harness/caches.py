@@ -72,6 +72,9 @@ class Worker:
         """Note a purge as the controller does, for all workers on the directory; no file is removed."""
         number = max(self.dependencies.purges.now + 1, int(time.time() * 1000))
         add_purge(self.dependencies.store.run, Purge(number, time.time(), Selection(**selected)))
+        self.share_purge(number)
+
+    def share_purge(self, number: int) -> None:
         _PURGED[self.dependencies.store.root] = number
         self.dependencies.raise_store_epoch()
 

@@ -76,9 +76,7 @@ def test_what_a_killed_service_left_of_a_purged_fill_is_not_taken_up(serve, how)
 
 def test_a_part_on_disk_is_purged(serve):
     gate = Gate()
-    gup, upstream = serve(
-        {FILE: [Answer(OLD, etag='"a"', gates=((2 * MB, gate),)), Answer(NEW, etag='"a"')]}, **TWO
-    )
+    gup, _ = serve({FILE: [Answer(OLD, etag='"a"', gates=((2 * MB, gate),)), Answer(NEW, etag='"a"')]}, **TWO)
     gup.begin(FILE, MB)
     gate.wait_reached()
     gup.kill()
