@@ -185,6 +185,11 @@ def add_purge(run: Path, purge: Purge) -> None:
     append_line(run / FILE, _model().dump_json(purge))
 
 
+def reserve_room(run: Path) -> None:
+    """Have room for the next purges, also when the disk is full; OSError. Blocks."""
+    append_line(run / FILE)
+
+
 def keep_purges(run: Path, purges: Iterable[Purge]) -> None:
     """Replace the file; OSError. Blocks."""
     text = b"".join(_model().dump_json(purge) + b"\n" for purge in purges)

@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from gup.cache.archive import ArchiveError
+from gup.cache.purges import reserve_room
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmCollector
@@ -306,6 +307,8 @@ class Control:
     async def _open(self) -> None:
         """Open the index, then begin what depends on it."""
         jobs, state = self._jobs, self.state
+        with contextlib.suppress(OSError):  # a purge says so
+            await asyncio.to_thread(reserve_room, self._dependencies.store.run)
         await state.index.open()
         state.scrubber.restore()
         state.prefetcher.restore()
