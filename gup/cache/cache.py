@@ -70,7 +70,7 @@ class Cache:
         `client` is its address.
         """
         for key in route.keys(variant):
-            fill = self._fills.get(key)
+            fill = self._current(key)
             if fill is not None and fill.suspect and fill.body is not None:  # the entry was demoted
                 return await self._filled(key, route, variant, passed, client)
             entry = self._entries.known(key)
@@ -110,7 +110,7 @@ class Cache:
         if entry is not None and (route.immutable or is_fresh(self._deps, entry.record)):
             self._entries.used(entry)
             return self._opened(entry, route, Result.HIT)
-        fill = self._fills.get(key)
+        fill = self._current(key)
         if fill is not None and fill.body is not None and fill.from_wan():
             return Opened(fill.body.reader(), Result.COLLAPSED, key, route.kind)
         return None
@@ -149,10 +149,10 @@ class Cache:
             entry = entry or await self._entries.get(candidate)
         if entry is not None and (route.immutable or is_fresh(self._deps, entry.record)):
             return entry.head, Result.HIT, self._opened(entry, route, Result.HIT).age_seconds
-        fill = self._fills.get(key)
+        fill = self._current(key)
         if fill is not None and fill.body is not None:
             return fill.body.head, Result.COLLAPSED, 0
-        if (kept := self._deps.memory.finished(key)) is not None:
+        if (kept := self._in_memory(key, route)) is not None:
             return kept.head, Result.BYPASS, 0
         try:
             return await self.pass_through.head(route, variant, passed, client), Result.MISS, 0
@@ -186,23 +186,19 @@ class Cache:
         for number in range(1, _MOST_FILLS + 1):
             if (failure := deps.failures.get(key, route.upstream_path)) is not None:
                 raise failure
-            kept = deps.memory.finished(key)
+            kept = self._in_memory(key, route)
             if kept is not None:
                 return self._kept_in_memory(kept, key, route, variant)
             if passed:
                 await self._refuse_circle(key, variant, passed)
-            fill = self._fills.get(key)
+            fill = self._current(key)
             first, late = fill is None, fill is not None and fill.body is not None and fill.body.ended
             fill = fill or self._begin_for(Fill(key, route, variant, passed, client))
             fill.promote(deps.pool.wan)
             try:
                 joined = await self._joined(fill, passed)
             except Problem:
-                if (
-                    fill.problem is None
-                    or fill.has_failed(route.upstream_path, passed)
-                    or number == _MOST_FILLS
-                ):
+                if number == _MOST_FILLS or not fill.allows_another(route.upstream_path, passed):
                     raise
                 await fill.ended.wait()
                 continue
@@ -225,6 +221,14 @@ class Cache:
         if not self._deps.count_miss(fill.client):
             raise too_many_misses(self._deps)
         return self._begin(fill)
+
+    def _in_memory(self, key: ContentKey, route: Route) -> GrowingBody | None:
+        """A complete body that could not be stored; one that a purge names is removed."""
+        body = self._deps.memory.finished(key)
+        if body is not None and self._deps.purges.name_head(key, route.kind, body.head):
+            self._deps.memory.drop(key)
+            return None
+        return body
 
     def _kept_in_memory(self, body: GrowingBody, key: ContentKey, route: Route, variant: Variant) -> Opened:
         """A body that could not be stored; storing it is retried from time to time."""
@@ -282,7 +286,7 @@ class Cache:
             return False
         if (failure := self._deps.failures.get(key, route.upstream_path)) is not None:
             raise failure
-        fill = self._fills.get(key) or self._begin(Fill(key, route, variant, background=True))
+        fill = self._current(key) or self._begin(Fill(key, route, variant, background=True))
         return await fill.outcome()
 
     def take_over(self, route: Route, variant: Variant, *, inherits: bool) -> asyncio.Event | None:
@@ -292,11 +296,26 @@ class Cache:
         process has such a fill already.
         """
         key = route.key(variant)
-        if key in self._fills:
+        if self._current(key) is not None:
             return None
         return self._begin(Fill(key, route, variant, patient=not inherits, inherits=inherits)).ended
 
     # --- fills
+
+    def _current(self, key: ContentKey) -> Fill | None:
+        """The key's fill that a new request may join. One that a purge names goes on aside, to its end."""
+        fill = self._fills.get(key)
+        if fill is None or not fill.is_purged(self._deps.purges):
+            return fill
+        del self._fills[key]
+        if fill.step_aside is not None:
+            self._spawn(fill.step_aside())
+        return None
+
+    def set_purged_aside(self) -> None:
+        """Set all fills aside that a purge names; to be called once a second."""
+        for key in list(self._fills):
+            self._current(key)
 
     def _begin(self, fill: Fill) -> Fill:
         fill.since = self._deps.clock()
@@ -319,7 +338,7 @@ class Cache:
                     try:
                         await self._lead(fill, found, follower)
                     finally:
-                        self._deps.claims.release(fill.key.claim_offset)
+                        self._release(fill)
                 elif isinstance(found, Failure):
                     fill.fail(found.problem(self._deps.clock()))
                 elif isinstance(found, FillEnd):
@@ -331,11 +350,19 @@ class Cache:
                 raise
             fill.fail(exhausted(error))
         finally:
-            del self._fills[fill.key]
+            self._forget(fill)
             if not fill.over:  # cancelled when the service stops, or a programming error
                 fill.fail(Problem("internal-error", "the fill ended with an internal error"))
             self._keep_entry(fill)
             fill.ended.set()
+
+    def _release(self, fill: Fill) -> None:
+        if not fill.freed:  # else it may be the next fill's
+            self._deps.claims.release(fill.key.claim_offset)
+
+    def _forget(self, fill: Fill) -> None:
+        if self._fills.get(fill.key) is fill:  # else it was set aside
+            del self._fills[fill.key]
 
     def _claim_new(self, fill: Fill) -> Leftover | None:
         """Claim a key that has no files yet: a miss without a look at the disk. None: look the key up."""
@@ -421,7 +448,7 @@ class Cache:
             self._entries.put(fill.record, fill.file, trusting=False)
         elif fill.record is not None and (entry := self._entries.known(fill.key)) is not None:
             self._entries.adopt(entry, fill.record)
-        if fill.end in (FillEnd.COMMITTED, FillEnd.VALIDATED):
+        if fill.end in (FillEnd.COMMITTED, FillEnd.VALIDATED) and not fill.aside:
             self._deps.memory.drop(fill.key)
 
     # --- damage
@@ -445,7 +472,7 @@ class Cache:
 
     def _compare_all(self, entry: Entry) -> None:
         """Begin a fill that compares the whole entry, unless one is running, or failed a moment ago."""
-        fill = self._fills.get(entry.key)
+        fill = self._current(entry.key)
         if fill is not None:
             if not fill.suspect:  # its commit is under way
                 self._spawn(self._compare_after(fill, entry))
@@ -471,7 +498,7 @@ class Cache:
             return True
         opened.body.leave()
         self._entries.drop(entry)
-        fill = self._fills.get(entry.key)
+        fill = self._current(entry.key)
         if fill is not None:
             joined = await self._joined(fill)
             if isinstance(joined, GrowingBody):
@@ -486,13 +513,13 @@ class Cache:
         For the controller: it has no client's request to know the route from. `counted`: the damage is
         counted already.
         """
-        while (fill := self._fills.get(key)) is not None and not fill.suspect:
+        while (fill := self._current(key)) is not None and not fill.suspect:
             await fill.ended.wait()
         if fill is None:
             record = await on_disk(self._deps.executor, self._deps.store.load_or_none, key)
             if record is None:
                 return Problem("upstream-not-found", "it has no record")
-            fill = self._fills.get(key) or self._suspect(record, counted=counted)
+            fill = self._current(key) or self._suspect(record, counted=counted)
         await fill.ended.wait()
         if fill.problem is None and fill.end is FillEnd.UNSTORABLE:
             return Problem("overloaded", "it is damaged, and can't be stored", retry_after_seconds=10.0)

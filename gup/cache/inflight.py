@@ -1,7 +1,7 @@
 """The in-flight table's rows: one fill a key, led or followed by this process, and its collaborators."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,6 +13,7 @@ from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Claims
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache
+from gup.cache.purges import Purges
 from gup.cache.records import Record
 from gup.cache.scheduler import Class, FillQueue, class_of
 from gup.cache.store import OpenFile, Store
@@ -42,6 +43,7 @@ class FillDependencies:
     space: Space
     memory: MemoryFiles
     failures: NegativeCache
+    purges: Purges
     misses: ClientCounts
     """Of each client, in this second."""
     streams: Streams
@@ -128,6 +130,16 @@ class Fill:
     """Some of its upstreams are gups, or may be; known where `passed` names any."""
     from_wan: Callable[[], bool] = lambda: False
     """Whether its body arrives from the WAN at this moment, at this node."""
+    order: int | None = None
+    """The number at which its fetch began (gup.cache.purges); None before that."""
+    pinned: bool = False
+    """The entry that it repairs or replaces is pinned."""
+    aside: bool = False
+    """A purge names it: it goes on for those that read it or wait for it, and nobody else joins it."""
+    freed: bool = False
+    """It has freed the key's claim, and touches none of the key's files any more."""
+    step_aside: Callable[[], Coroutine[None, None, None]] | None = None
+    """Frees the key's claim for the next fill. None where another process leads it."""
     share: Share = field(init=False)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all is over and another fill of the key may begin."""
@@ -186,6 +198,16 @@ class Fill:
         shared = is_shared(self.problem, self.passed, asks_gups=self.asks_gups)
         return shared or set(self.passed) <= set(passed)
 
+    def is_purged(self, purges: Purges) -> bool:
+        """Whether a purge names it, or has named it."""
+        if not self.aside and self.order is not None:
+            self.aside = purges.name(self.key, self.route.kind, self.order, pinned=self.pinned)
+        return self.aside
+
+    def allows_another(self, path: str, passed: tuple[str, ...]) -> bool:
+        """Whether a request that has waited for it in vain may wait for the next one."""
+        return self.problem is not None and (self.aside or not self.has_failed(path, passed))
+
     async def join(self) -> GrowingBody | FillEnd:
         """Wait for a body to read, as one of its readers, or for the end. Problem when it failed."""
         self._joining += 1
@@ -214,6 +236,8 @@ class Fill:
         await self.ended.wait()
         if self.problem is not None:
             raise self.problem.again()
+        if self.aside:
+            raise Problem("overloaded", "it was purged while it was fetched", retry_after_seconds=1.0)
         if self.end is FillEnd.UNSTORABLE:
             raise Problem("overloaded", "it can't be stored: it is too large, or the disk refuses it")
         return self.fetched

@@ -273,6 +273,7 @@ class PassThrough:
                 "this content can't be stored, and too many clients are passed through; try again later",
                 retry_after_seconds=10.0,
             )
+        order = self._deps.purges.now
         try:
             answer = await self._ask(
                 route, variant, passed, Ask(route.upstream_path, "bypass", client=client)
@@ -284,7 +285,7 @@ class PassThrough:
         key = route.key(variant)
         is_zip = key.file.lower().endswith(".zip")
         body = BypassBody(
-            head_of(key, answer.head),
+            head_of(key, answer.head, order),
             answer,
             None,
             lambda: self._bodies.give_back(slot),

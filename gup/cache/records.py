@@ -148,6 +148,8 @@ class Head:
     last_modified: _HeaderField | None
     upstream: _Upstream
     upstream_etag: _Tag | None
+    order: Count = field(default=0, kw_only=True)
+    """The highest number of a purge that was known when its fetch began (gup.cache.purges)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +200,12 @@ class Record(Head):
             generation,
             sums,
             path,
+            order=head.order,
         )
 
     @property
     def head(self) -> Head:
-        return Head(*(getattr(self, name) for name in Head.__slots__))
+        return Head(**{name: getattr(self, name) for name in Head.__slots__})
 
     @property
     def asked_path(self) -> str:
@@ -385,15 +388,15 @@ def route_of(kept: Record | FillState) -> Route:
     return Route(kept.kind, immutable, key.stream, key.revision, key.file, path, key.variant)
 
 
-def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> Head:
-    """The head of a body that `remote` announces.
+def head_of(key: ContentKey, remote: RemoteHead, order: int = 0, *, changed: bool = False) -> Head:
+    """The head of a body that `remote` announces, whose fetch began at the number `order`.
 
     Its strong ETag is made of key, length and the first response's validators; random if it has none, or
     other bytes were known under them (`changed`). A member's head is kept as it is.
     """
     if (given := remote.given) is not None:
         validators = given.last_modified, given.upstream, given.upstream_etag
-        return Head(remote.length, given.etag, remote.content_type, *validators)
+        return Head(remote.length, given.etag, remote.content_type, *validators, order=given.order)
 
     def kept(text: str | None, pattern: str) -> str | None:
         return text if text is not None and len(text) <= _MAX_FIELD and re.fullmatch(pattern, text) else None
@@ -410,6 +413,7 @@ def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> He
         last_modified=kept(remote.last_modified, _FIELD),
         upstream=remote.upstream,
         upstream_etag=kept(remote.etag, _TAG),
+        order=order,
     )
 
 

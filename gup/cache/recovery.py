@@ -102,7 +102,7 @@ def examine(  # noqa: C901, PLR0911, PLR0912 - one look after the other, in this
 
 
 def _load_claimed(dependencies: FillDependencies, key: ContentKey) -> tuple[FillState | None, Record | None]:
-    """State and record. Damaged ones are counted; a damaged record is removed."""
+    """State and record. Damaged ones are counted; a damaged record is removed, and what a purge names."""
     state = record = None
     try:
         state = dependencies.store.load_state(key.id)
@@ -113,6 +113,16 @@ def _load_claimed(dependencies: FillDependencies, key: ContentKey) -> tuple[Fill
     except ValueError as error:
         note_damage(dependencies, "record", key, str(error))
         unlink(dependencies.store.record_path(key))
+    name_head, store = dependencies.purges.name_head, dependencies.store
+    head = state.head if state is not None else None
+    if state is not None and head is not None and name_head(key, state.kind, head, pinned=state.pinned):
+        store.drop_parts(key.id)
+        store.drop_state(key.id)
+        state = None
+    if record is not None and name_head(key, record.kind, record, pinned=record.pinned):
+        store.remove(key)
+        dependencies.raise_store_epoch()
+        record = None
     return state, record
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from gup.cache.locks import Claims
+from gup.cache.purges import Purges
 from gup.cache.store import Store
 from gup.config import Settings
 from gup.content.catalog import Catalogues, Label, Stream
@@ -51,6 +52,9 @@ class ControlDependencies:
     """
     raise_store_epoch: Callable[[], None]
     """Called after bodies were unlinked."""
+    purges: Purges
+    share_purge: Callable[[int], None]
+    """Called with the number of a purge that was noted on disk."""
     set_store_bytes: Callable[[int], None]
     """Called with the bytes of bodies and unclaimed parts."""
     promised_bytes: Callable[[], int]

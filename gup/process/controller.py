@@ -34,6 +34,7 @@ from gup.process.shared_memory import (
     ENGINE_TIME,
     ENGINE_TIME_BEFORE,
     POLICY_EPOCH,
+    PURGES,
     STORE_BYTES,
     STORE_EPOCH,
     WAN_MEMBERS,
@@ -101,6 +102,8 @@ class Controller(ChildProcess):
                 since_start=shared.since_start,
                 stream_names=lambda: read_streams(self.store.run / "streams"),
                 raise_store_epoch=lambda: self.page.raise_epoch(STORE_EPOCH),
+                purges=dependencies.purges,
+                share_purge=self._share_purge,
                 set_store_bytes=lambda size_bytes: words.__setitem__(STORE_BYTES, size_bytes),
                 promised_bytes=self.reserved_bytes,
                 upstream_states=lambda: {
@@ -258,6 +261,7 @@ class Controller(ChildProcess):
     async def _keep_beating(self) -> None:
         while True:
             self.beat()
+            self.cache.set_purged_aside()
             await asyncio.sleep(1.0)
 
     def tell(self, event: Mapping[str, object]) -> None:
@@ -294,6 +298,11 @@ class Controller(ChildProcess):
         await self._control.apply(settings)
 
     # --- called by the control plane
+
+    def _share_purge(self, number: int) -> None:
+        """All processes close what the purge names, at once."""
+        self.words[PURGES] = max(number, self.words[PURGES])
+        self.page.raise_epoch(STORE_EPOCH)
 
     async def _look_up_catalogue(self, name: str) -> Fetched:
         variants = {u.name: Variant(u.version, u.language) for u in self.settings.upstream}

@@ -63,6 +63,7 @@ WAN_SHARE_UNTIL = 10  # monotonic nanoseconds at which it ends
 WAN_MEMBERS = 13  # the most members of the last ten minutes; 0: not known yet
 ENGINE_TIME = 11  # what to add to monotonic ms to have the cluster engine's time; 0: unknown
 ENGINE_TIME_BEFORE = 12  # the same before the engine's clock last jumped
+PURGES = 14  # the highest number of a purge: see gup.cache.purges
 UPSTREAM_HEALTH = 16  # one word per upstream, in the format of gup.upstream.health
 MOST_UPSTREAMS = 16
 WAN_CLOCK = UPSTREAM_HEALTH + MOST_UPSTREAMS

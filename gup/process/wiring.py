@@ -21,6 +21,7 @@ from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Occupied, Slots
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache
+from gup.cache.purges import Purges
 from gup.cache.scheduler import GROUPS, Backlog, FillQueue, share_class
 from gup.cache.store import Store
 from gup.cache.streams import Streams
@@ -126,6 +127,7 @@ class ChildProcess(ABC):
                 words[layout.FAILURES : layout.FAILURES + layout.FAILURES_WORDS],
                 lambda: page.locked(layout.FAILURES),
             ),
+            purges=Purges(self.store.run, lambda: words[layout.PURGES]),
             misses=ClientCounts.alone(),
             streams=Streams(self.store.run / "streams"),
             executor=self.executor,

@@ -107,6 +107,7 @@ class Worker(ChildProcess):
     def _each_second(self, wall_now: float, *, everything: bool = False) -> None:
         self.beat()
         self.cache.look_over()
+        self.cache.set_purged_aside()
         self._access_log.each_second(self.tell, self.offer, wall_now, everything=everything)
 
     async def run(self) -> None:

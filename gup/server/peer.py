@@ -204,7 +204,7 @@ class PeerHandler:
 
 
 class PeerAdmission:
-    """In place of Admission: who asks is known by the signature. Only the number of connections is bounded."""
+    """In place of Admission: who asks is known by the signature; the number of connections is bounded."""
 
     is_proxy = None
 

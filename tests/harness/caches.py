@@ -25,8 +25,11 @@ from harness.internals import (
     NegativeCache,
     Opened,
     Pool,
+    Purge,
+    Purges,
     Route,
     Routes,
+    Selection,
     Settings,
     ShortJobs,
     Slots,
@@ -35,6 +38,7 @@ from harness.internals import (
     Streams,
     Variant,
     Wan,
+    add_purge,
 )
 from harness.private import private_backlog, private_counters, private_turns
 
@@ -42,6 +46,8 @@ _MEMORY: dict[Path, "memoryview[int]"] = {}
 """The table of memory files of all workers on one directory."""
 _FAILURES: dict[Path, "memoryview[int]"] = {}
 """Their table of failures."""
+_PURGED: dict[Path, int] = {}
+"""Their highest number of a purge."""
 
 
 @dataclass
@@ -61,6 +67,16 @@ class Worker:
             return await read(opened.body)
         finally:
             opened.body.leave()
+
+    def purge(self, **selected: str) -> None:
+        """Note a purge as the controller does, for all workers on the directory; no file is removed."""
+        number = max(self.dependencies.purges.now + 1, int(time.time() * 1000))
+        add_purge(self.dependencies.store.run, Purge(number, time.time(), Selection(**selected)))
+        self.share_purge(number)
+
+    def share_purge(self, number: int) -> None:
+        _PURGED[self.dependencies.store.root] = number
+        self.dependencies.raise_store_epoch()
 
     def failed(self, path: str) -> bool:
         """Whether a failure of this path stands."""
@@ -171,6 +187,7 @@ async def working(
         failures=NegativeCache(
             _FAILURES.setdefault(root, memoryview(bytearray(8 * FAILURE_WORDS * 16)).cast("Q")), nullcontext
         ),
+        purges=Purges(store.run, lambda: _PURGED.get(root, 0)),
         misses=ClientCounts.alone(),
         streams=Streams(store.run / "streams"),
         executor=executor,

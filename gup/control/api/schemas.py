@@ -377,7 +377,7 @@ class PurgedEntries(Response):
     entries: int = Field(description="Entries purged, or with a dry run those that would be.")
     freed_bytes: int
     pinned: int = Field(description="Skipped because they are pinned.")
-    busy: int = Field(description="Skipped because another process used them.")
+    busy: int = Field(description="Skipped, with a filter by times, because another process used them.")
 
 
 class Pinned(Response):

@@ -20,11 +20,11 @@ from sortedcontainers import SortedList
 
 from gup.client_names import ClientNames, is_hashed, read_key
 from gup.content.catalog import CLIENT_PATCHES, Stream
-from gup.content.key import Kind, delta_step
+from gup.content.key import Kind, content_revision, delta_step
 from gup.content.releases import Releases
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
-from gup.control.entry_table import content_revision, stream_of
+from gup.control.entry_table import stream_of
 from gup.control.events import Part, Take, Taken
 from gup.control.eviction import JUMP_SECONDS
 from gup.control.stats.database import StatsDatabase
