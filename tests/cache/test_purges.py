@@ -227,7 +227,7 @@ async def test_an_index_file_that_is_fetched_again_while_it_is_purged(tmp_path, 
         Answer(b"2" * 200, etag='"b"'),
     )
     upstream.answer(path, *answers)
-    async with working(tmp_path, [upstream.url], cache={"index_ttl": 0.001}) as one:
+    async with working(tmp_path, [upstream.url], cache={"index_ttl": 0.0}) as one:
         assert await one.get(path) == b"1" * 200
         asking = asyncio.create_task(one.get(path))
         await asyncio.to_thread(gate.wait_reached)
