@@ -165,7 +165,9 @@ async def test_one_of_all_processes_tries_to_store_at_a_time(table):
     assert not one.store_is_due(key_of(0), 0.0)
 
 
-async def test_what_a_dead_process_left_is_removed_by_whoever_sees_it(table, tmp_path):
+@pytest.mark.parametrize("reaped", [True, False])
+async def test_what_a_dead_process_left_is_removed_by_whoever_sees_it(table, tmp_path, reaped):
+    """Also before its parent has waited for it: an ordinary user may not look at its descriptors then."""
     process = await asyncio.to_thread(_other_process, table, tmp_path / "words")
     with process as other:
         files = table.process()
@@ -173,8 +175,10 @@ async def test_what_a_dead_process_left_is_removed_by_whoever_sees_it(table, tmp
         assert await read(body.reader()) == BODY[:1000]
         assert files.find(key_of(1)).pid == other.pid
         other.kill()
-        await asyncio.to_thread(other.wait)
-    assert files.find(key_of(1)) is None
+        await asyncio.to_thread(os.waitid, os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        if reaped:
+            await asyncio.to_thread(other.wait)
+        assert files.find(key_of(1)) is None
     assert await read(body.reader()) == BODY[:1000], "who has it open reads on"
     files.begin(key_of(2), 1, 10 * MB)  # all that the dead process had reserved is free
 

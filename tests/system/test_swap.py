@@ -26,8 +26,8 @@ RATE = 1_000_000
 
 
 OWN = {"PYTHONDONTWRITEBYTECODE": "1"}
-"""Has the harness start interpreters: a service that runs another program must be one itself. And changes of
-the program within a second would leave a compiled file that looks right."""
+"""Has the harness start interpreters: a service that runs another program must be one itself. And a changed
+file leaves no compiled one: after another change within the same second that would look right."""
 
 
 def with_workers(service, count):
@@ -44,12 +44,12 @@ def started(serve, env=OWN, **more):
     return service, upstream
 
 
-def test_workers_come_and_go_and_another_program_takes_over_while_no_request_fails(serve):
-    service, upstream = started(serve)
+def test_workers_come_and_go_while_no_request_fails(serve):
+    service, upstream = started(serve, env={})
     before, asked, counted = service.status(), len(BODIES), [0.0]
     workers = [2, 3, 1]
     control = Steady(service.admin, {"/healthz": b"ok\n"}, lazy=10, new=1)
-    clients = Steady(service.data, BODIES, busy=4, lazy=20, new=1, slow=20, large=BIG, rate=RATE)
+    clients = Steady(service.data, BODIES, busy=1, lazy=20, new=1, slow=20, large=BIG, rate=RATE)
     with control, clients:
         for count in workers[1:]:
             until(lambda: clients.began >= 20, "all downloads have begun")
@@ -57,48 +57,56 @@ def test_workers_come_and_go_and_another_program_takes_over_while_no_request_fai
             service.wait_replaced(before, count)
             before = service.status()
             counted.append(service.metric(REQUESTS))
-        service.signal(signal.SIGUSR2)
-        service.wait_replaced(before, workers[-1])
-        counted.append(service.metric(REQUESTS))
     assert clients.failures == []
     assert min(clients.done.values()) >= 20, clients.done
-    assert (control.failures, control.done["lazy"] > 100) == ([], True)
+    assert (control.failures, control.done["lazy"] > 50) == ([], True)
     assert clients.closed == control.closed == 0, "connections go on in other processes"
-    assert counted == sorted(counted), "a counter went back"
-    until(lambda: len(service.status()["workers"]) == workers[-1], "the earlier processes have ended")
-    assert service.metric(REQUESTS) == asked + clients.total, "each request is counted once"
-    assert service.metric("gup_client_connections") == 0
-    assert service.metric("gup_worker_restarts_total") == 0
+    all_is_counted(service, counted, asked + clients.total, workers[-1])
     assert [len(upstream.requests(path)) for path in BODIES] == [1, 1, 1]
     assert service.stop() == 0
+
+
+def all_is_counted(service, counted, requests, workers):
+    """Each request once, and no counter went back between; the earlier processes leave nothing."""
+    assert counted == sorted(counted), "a counter went back"
+    until(lambda: len(service.status()["workers"]) == workers, "the earlier processes have ended")
+    assert service.metric(REQUESTS) == requests
+    assert service.metric("gup_client_connections") == 0
 
 
 @pytest.fixture
 def installed(tmp_path):
     """A copy of the program, of which a test changes files as an upgrade does; `{file: (old, new)}`."""
     folder = tmp_path / "installed"
-    shutil.copytree(REPOSITORY / "gup", folder / "gup", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "gup", folder / "gup", ignore=shutil.ignore_patterns("*.pyc.*"))
     originals: dict[Path, str] = {}
+
+    def write(file, text):
+        (folder / "new").write_text(text)
+        (folder / "new").rename(file)  # a process that starts meanwhile reads the one or the other
 
     def change(name, old, new):
         file = folder / "gup" / name
         text = originals.setdefault(file, file.read_text())
         assert old in text
-        file.write_text(text.replace(old, new, 1))
+        write(file, text.replace(old, new, 1))
 
     def restore():
         for file, text in originals.items():
-            file.write_text(text)
+            write(file, text)
 
     change.restore, change.folder = restore, folder
     return change
 
 
 def test_a_program_that_can_not_take_over_leaves_the_old_one_serving(serve, installed):
-    service, _ = started(serve, env=OWN | {"PYTHONPATH": str(installed.folder)})
+    """And one that can takes over from it, while no request fails."""
+    service, upstream = started(serve, env=OWN | {"PYTHONPATH": str(installed.folder)})
     settings = tomllib.loads((service.folder / "gup.toml").read_text())
-    before = service.status()
-    with Steady(service.data, BODIES, lazy=10, new=1) as clients:
+    before, asked, counted = service.status(), len(BODIES), [0.0]
+    control = Steady(service.admin, {"/healthz": b"ok\n"}, lazy=10, new=1)
+    clients = Steady(service.data, BODIES, busy=1, lazy=10, new=1, slow=4, large=BIG, rate=RATE)
+    with control, clients:
 
         def refused():
             code, answer = service.api("/api/v1/upgrade", "POST")
@@ -123,10 +131,16 @@ def test_a_program_that_can_not_take_over_leaves_the_old_one_serving(serve, inst
         serving = [row["pid"] for row in now["workers"] if row["leaving"] and row["ready"]]
         assert (now["pid"], serving) == (before["pid"], [row["pid"] for row in before["workers"]])
         installed.restore()
+        counted.append(service.metric(REQUESTS))
         installed("__init__.py", "__version__ = ", '__version__ = "99" or ')
         service.signal(signal.SIGUSR2)
         assert service.wait_replaced(before, 2)["version"] == "99"
-    assert clients.failures == []
+        counted.append(service.metric(REQUESTS))
+    assert (clients.failures, control.failures) == ([], [])
+    assert min(clients.done.values()) >= 4, clients.done
+    assert clients.closed == control.closed == 0, "connections go on in other processes"
+    all_is_counted(service, counted, asked + clients.total, 2)
+    assert [len(upstream.requests(path)) for path in BODIES] == [1, 1, 1]
     assert service.stop() == 0
 
 
@@ -204,7 +218,7 @@ def blocked(pid):
     "victim", ["starting", *(pytest.param(name, marks=pytest.mark.long) for name in ("ready", "controller"))]
 )
 def test_a_new_process_that_is_killed_while_the_earlier_ones_serve_is_started_again(serve, victim):
-    service, _ = started(serve)
+    service, _ = started(serve, env={})
     before, earlier = service.status(), service.children()
     new = lambda: [pid for pid in service.children() if pid not in earlier]  # noqa: E731
     ready = lambda: [row["pid"] for row in service.status()["workers"] if row["ready"]]  # noqa: E731
@@ -233,7 +247,7 @@ def test_a_new_process_that_is_killed_while_the_earlier_ones_serve_is_started_ag
 def test_a_herd_over_an_upgrade_fetches_the_file_once(serve):
     """Half of the body is here when others take over; clients of both kinds of workers want it."""
     gate = Gate()
-    body = zip_of("herd", 4_000_000)
+    body = zip_of("herd", 1_000_000)
     answers = {BIG: (Answer(body, gates=((len(body) // 2, gate),)),)}
     service, upstream = serve(answers, workers={"count": 2}, env=OWN, each={"read_timeout": "1m"})
     swarm, before = service.swarm(), service.status()
