@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault long soak fuzz load pictures bench dashboards lint types imports check lock audit deb coverage clean
+.PHONY: demo test fault long soak fuzz load simulation pictures bench dashboards lint types imports check lock audit deb coverage clean
 .DELETE_ON_ERROR:
 
 # Every package in the version, and with the content, that requirements/ names: pip refuses any other, and fetches
@@ -62,6 +62,10 @@ long: $(VENV)/.installed
 MINUTES ?= 30
 soak: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m soak.run --minutes $(MINUTES) --seed $(SEED)
+
+# A day of 100,000 clients on paper, with the real ownership code: the table of docs/cluster.md.
+simulation: $(VENV)/.installed
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m simulation.run
 
 # Many clients at once, by locust: the report is build/load/report.html (docs/load.md). LOAD is any of
 # `PYTHONPATH=deploy/load .venv/bin/python -m gup_load --help`, as LOAD='--scenario Storm --clients 500'.
