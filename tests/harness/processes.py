@@ -7,6 +7,7 @@ import re
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -106,10 +107,42 @@ def listens(address: tuple[str, int]) -> bool:
 
 def owners_of_connection(local_port: int, remote_port: int, among: list[int]) -> list[int]:
     """Which of the processes hold the loopback TCP connection from `local_port` to `remote_port`."""
+    inodes = _asked_inodes(local_port, remote_port)
+    if inodes is None:
+        inodes = _listed_inodes(local_port, remote_port)
+    links = {f"socket:[{inode}]" for inode in inodes}
+    return [pid for pid in among if links & set(open_files(pid))]
+
+
+def _asked_inodes(local_port: int, remote_port: int) -> set[int] | None:
+    """From 127.0.0.1 to 127.0.0.1, by sock_diag(7): the list would go through all that the kernel has.
+
+    None when there is no such connection; none of a process while it waits to be accepted.
+    """
+    address = socket.inet_aton("127.0.0.1") + bytes(12)
+    wanted = _DIAG_REQUEST.pack(socket.AF_INET, socket.IPPROTO_TCP, 0xFFFFFFFF) + _PORTS_OF.pack(
+        local_port, remote_port
+    )
+    wanted += 2 * address + bytes(4) + b"\xff" * 8
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as asking:
+        asking.send(_MESSAGE.pack(_MESSAGE.size + len(wanted), _BY_FAMILY, _REQUEST, 0, 0) + wanted)
+        answer = asking.recv(4096)
+    if _MESSAGE.unpack_from(answer)[1] != _BY_FAMILY:
+        return None
+    (inode,) = _INODE.unpack_from(answer)
+    return {inode} - {0}
+
+
+_MESSAGE = struct.Struct("=IHHII")
+_DIAG_REQUEST = struct.Struct("=BBxxI")
+_PORTS_OF = struct.Struct("!HH")
+_INODE = struct.Struct("=84xI")
+_NETLINK_SOCK_DIAG, _BY_FAMILY, _REQUEST = 4, 20, 1
+
+
+def _listed_inodes(local_port: int, remote_port: int) -> set[int]:
     ends = re.compile(rf"^ *\d+: \w+:{local_port:04X} \w+:{remote_port:04X} .*$", re.MULTILINE)
-    lines = ends.findall(Path("/proc/net/tcp").read_text())
-    inodes = {f"socket:[{line.split()[9]}]" for line in lines}
-    return [pid for pid in among if inodes & set(open_files(pid))]
+    return {int(line.split()[9]) for line in ends.findall(Path("/proc/net/tcp").read_text())}
 
 
 def open_files(pid: int) -> list[str]:
