@@ -33,6 +33,18 @@ def until(found: Callable[[], Found], what: str, timeout_seconds: float = 30.0) 
         time.sleep(0.005)
 
 
+def quiet_clock() -> float:
+    """Monotonic seconds, without those in which a process of the machine waited for a processor.
+
+    What is bounded by it may be late on a busy machine, for it was not given the time.
+    """
+    stalled = 0
+    with contextlib.suppress(OSError):  # a kernel without pressure stall information
+        stalled = int(_PRESSURE.read_text().partition("total=")[2].split()[0])
+    return time.monotonic() - stalled / 1e6
+
+
+_PRESSURE = Path("/proc/pressure/cpu")
 _PORTS = range(10_000, 32_000)
 """Below those that the kernel gives to connections, which would take a free one before it is used."""
 _next_port = itertools.cycle((*_PORTS[131 * os.getpid() % len(_PORTS) :], *_PORTS))
