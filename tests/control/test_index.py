@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
-from gup.control.entry_table import ORDERS, ROW, EntryTable, make_row
+from gup.control.entry_table import ORDERS, ROW, make_row
 from gup.control.index import DamagedIndexError, Index, IndexFile
 from gup.control.integrity_jobs import Pass, read_pass
 from gup.control.prefetch import PrefetchQueue, Revisions
@@ -434,8 +434,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
-def test_what_is_asked_of_many_rows_is_found_by_an_index(ask):
-    table = EntryTable()
+def test_what_is_asked_of_many_rows_is_found_by_an_index(ask, table):
     for number in range(300):
         table.put(row(f"f{number:05}"))
     plan = plans_of(table, ask)
@@ -444,8 +443,7 @@ def test_what_is_asked_of_many_rows_is_found_by_an_index(ask):
     assert not [step for step in plan if "TEMP B-TREE" in step], "sorting costs more the more rows there are"
 
 
-def test_rows_are_worth_less_when_they_are_superseded_and_more_when_they_are_the_newest_again():
-    table = EntryTable()
+def test_rows_are_worth_less_when_they_are_superseded_and_more_when_they_are_the_newest_again(table):
     old, new = row(revision="260101001"), row(revision="260101002")
     delta = replace(row("xdelta260101000_To_260101001.dax"), kind=Kind.DELTA)
     for one in (old, delta, replace(new, used_at=1.0)):
@@ -458,9 +456,8 @@ def test_rows_are_worth_less_when_they_are_superseded_and_more_when_they_are_the
     assert [one.key for one in table.by_worth()] == [delta.key]
 
 
-def test_an_entry_takes_little_memory():
+def test_an_entry_takes_little_memory(table):
     """Of Python's: objects and sorted lists took 4 KiB each. SQLite's pages are counted too."""
-    table = EntryTable()
     count = 2000
     tracemalloc.start()
     for number in range(count):

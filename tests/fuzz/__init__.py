@@ -11,6 +11,7 @@ from pathlib import Path
 Check = Callable[[bytes], None]
 NAMES = ("answers", "archives", "catalogues", "heads", "proxies", "records", "routes", "settings", "stores")
 CORPUS = Path(__file__).with_name("corpus")
+BUILD = Path(__file__).parents[2] / "build" / "fuzz"
 
 
 def target(name: str) -> AbstractContextManager[Check]:

@@ -251,6 +251,20 @@ echo told: $ALARM_STATE of $ALARM_NAME, {"x" * 60} "$1"
     assert not [one for one in psutil.process_iter(["cmdline"]) if one.info["cmdline"] == ["sleep", "1000"]]
 
 
+def test_a_daemon_that_a_command_starts_goes_on_and_holds_nothing_up(serve, tmp_path):
+    pid = tmp_path / "pid"
+    text = f"setsid sh -c 'echo $$ > {pid}; exec sleep 1000' &\nuntil test -s {pid}; do :; done"
+    tell = program(tmp_path / "tell", text)
+    gup, _ = serve({}, alarms={"command": [tell], "command_timeout": "20s"})
+    began = time.monotonic()
+    assert send_test(gup) == (0, "alarms.command: accepted\n")
+    assert time.monotonic() - began < 15, "it waited for the daemon's output"
+    daemon = psutil.Process(int(pid.read_text()))
+    assert daemon.cmdline() == ["sleep", "1000"]
+    assert gup.stop() == 0
+    daemon.kill()
+
+
 def test_a_command_that_fails_or_hangs_is_run_again(serve, tmp_path):
     say = tmp_path / "say"
     say.write_text("yes; exit 0")
