@@ -37,9 +37,9 @@ def test_one_conditional_request_per_ttl_for_the_whole_machine_and_stale_while_n
 ):
     nginx = Nginx(make_tree(tmp_path / "tree", big_bytes=1000), tmp_path / "nginx")
     gup, upstream = serve(before=nginx, cache={"index_ttl": "500ms", "error_ttl": "500ms"})
-    began = quiet_clock()
+    began = time.monotonic()
     answers = hammer(gup, 1.7)
-    took = quiet_clock() - began
+    took = time.monotonic() - began
     assert (len(answers) > 50, set(answers)) == (True, {(200, CONTENT_INFO)})
     first, *later = upstream.log(INDEX)
     assert (first.status, first.body_bytes) == (200, len(CONTENT_INFO))

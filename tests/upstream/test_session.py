@@ -441,11 +441,11 @@ async def test_a_trickle_makes_room_when_others_wait_for_its_connection(before):
             talk.pause(0.05)
 
     table = {"name": "u", "max_connections": 1, "read_timeout": "1s", "min_rate": "1kB/s"}
-    async with before(answer, table) as (upstream, pool):
+    async with before(answer, table | {"first_byte_timeout": "30s"}) as (upstream, pool):
         trickle = asyncio.create_task(get(pool))
         while not upstream.seen:  # noqa: ASYNC110 - a thread's list
             await asyncio.sleep(0.01)
-        assert await asyncio.wait_for(get(pool, "/content/other"), 10) == b"fine"
+        assert await asyncio.wait_for(get(pool, "/content/other"), 40) == b"fine"
         with pytest.raises(UpstreamFailure, match="min_rate") as raised:
             await trickle
         assert raised.value.outcome == "timeout"
