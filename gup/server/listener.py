@@ -333,20 +333,18 @@ class Listener:
     def _receive_handed(self) -> None:
         for _ in range(_ACCEPTS_A_TURN):
             try:
-                handed, fds, _, _ = socket.recv_fds(
-                    self._handed[0], _HANDED_BYTES, 1, socket.MSG_CMSG_CLOEXEC
-                )
+                told, fds, _, _ = socket.recv_fds(self._handed[0], _HANDED_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
                 return
             for fd in fds:
                 sock = socket.socket(fileno=fd)
                 try:
-                    address, port = handed.decode().split() if handed != HANDED else sock.getpeername()[:2]
+                    address, port = told.decode().split() if told != HANDED else sock.getpeername()[:2]
                 except OSError:  # the client is gone
                     sock.close()
                     continue
                 self._admission.count(address)
-                self._make(sock, address, int(port), handed).begin()
+                self._make(sock, address, int(port), told).begin()
 
     async def drain(self, timeout_seconds: float) -> None:
         context = self._context
