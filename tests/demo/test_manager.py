@@ -12,6 +12,7 @@ from collections import Counter
 import aiohttp
 import pytest
 import xxhash
+from harness.processes import quiet_clock
 from harness.virtual_time import in_virtual_time
 
 from gup.content.key import Kind
@@ -163,10 +164,10 @@ async def test_the_index_does_not_wait_for_the_fulls_of_a_full_link(session, tmp
         fulls = [tasks.create_task(got(session, url + full.path)) for _ in range(24)]
         while manager.counts.sending < len(fulls) or not manager.counts.sent_bytes:  # noqa: ASYNC110 - figures
             await asyncio.sleep(0.01)
-        begin = time.monotonic()
+        begin = quiet_clock()
         _, index = await got(session, url + CONTENT_INFO_PATH)
         assert index
-        assert time.monotonic() - begin < 2, "24 pieces take 3.9 s"
+        assert quiet_clock() - begin < 2, "24 pieces take 3.9 s"
         for task in fulls:
             task.cancel()
 
