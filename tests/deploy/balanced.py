@@ -39,8 +39,12 @@ class HAProxy:
                 stdout=out,
                 stderr=out,
             )
-        until(lambda: self.up() == len(gups) or self._process.poll() is not None, "all gups are up")
-        assert self._process.poll() is None, self._log.read_text()
+        try:
+            until(lambda: self.up() == len(gups) or self._process.poll() is not None, "all gups are up")
+            assert self._process.poll() is None, self._log.read_text()
+        except BaseException:
+            end(self._process, self._mark)
+            raise
 
     def __enter__(self) -> Self:
         return self
