@@ -123,7 +123,7 @@ deb:
 	deploy/debian/build
 
 audit: $(VENV)/.installed
-	.ci/audit
+	VENV=$(VENV) .ci/audit
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
