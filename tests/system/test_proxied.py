@@ -57,7 +57,7 @@ def test_idle_connections_keep_the_clients_address_when_other_processes_take_ove
     kept = [behind(gup, client) for client in CLIENTS]
     assert [connection.get(DELTA).status for connection in kept] == [200] * 3
     before = gup.status()
-    with Steady(gup.data, BODIES, lazy=1, new=1, first=proxy_header("10.9.9.9")) as others:
+    with Steady(gup.data, BODIES, lazy=2, first=proxy_header("10.9.9.9")) as others:
         gup.signal(signal.SIGUSR2)
         gup.wait_replaced(before, 2)
         until(lambda: len(gup.status()["workers"]) == 2, "the earlier processes have ended")

@@ -218,7 +218,7 @@ def blocked(pid):
     "victim", ["starting", *(pytest.param(name, marks=pytest.mark.long) for name in ("ready", "controller"))]
 )
 def test_a_new_process_that_is_killed_while_the_earlier_ones_serve_is_started_again(serve, victim):
-    service, _ = started(serve)
+    service, _ = started(serve, env={})
     before, earlier = service.status(), service.children()
     new = lambda: [pid for pid in service.children() if pid not in earlier]  # noqa: E731
     ready = lambda: [row["pid"] for row in service.status()["workers"] if row["ready"]]  # noqa: E731
