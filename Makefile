@@ -1,4 +1,5 @@
-# `make demo` and `make test` are all that a fresh machine needs: Linux, Python >= 3.11 with venv, make.
+# `make demo` and `make test` are all that a fresh machine needs: Linux, Python 3.11 to 3.13 with venv, make.
+# PYTHON is another one than python3; its environment is VENV: make test PYTHON=python3.13 VENV=build/python3.13
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -126,7 +127,7 @@ deb:
 	deploy/debian/build
 
 audit: $(VENV)/.installed
-	.ci/audit
+	VENV=$(VENV) .ci/audit
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

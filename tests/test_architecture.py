@@ -17,7 +17,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 READS_ENVIRONMENT = {
     "gup/config/loading.py",  # settings
     "gup/process/supervisor.py",  # what systemd passes: LISTEN_FDS, NOTIFY_SOCKET
-    "gup/control/alarm_command.py",  # the few variables that the command gets
+    "gup/control/receivers.py",  # the few variables that the command gets
     "gup/demo/run.py",  # what its child processes inherit, without GUP_ variables
 }
 """The modules besides the command line that may look at the environment."""

@@ -20,7 +20,7 @@ from gup.config import Alarms, Cluster, Settings, Upstream, read
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog
 from gup.content.rules import Rulebook
 from gup.control.auth import require_access
-from gup.control.webhook import Webhook
+from gup.control.receivers import Webhook
 from gup.errors import GupError, SettingsError
 from gup.files import FileError, read_file, trust
 
