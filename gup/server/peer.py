@@ -204,6 +204,8 @@ class PeerHandler:
 class PeerAdmission:
     """In place of Admission: who asks is known by the signature."""
 
+    is_proxy: Callable[[str], bool] | None = None
+
     def apply(self, settings: config.Settings) -> None:
         """Nothing."""
 
@@ -214,6 +216,17 @@ class PeerAdmission:
     def admit(self, address: str, make_room: Callable[[], bool]) -> bool:
         del address, make_room
         return True
+
+    def reserve(self, make_room: Callable[[], bool]) -> bool:
+        del make_room
+        return True
+
+    def release(self) -> None:
+        """Nothing."""
+
+    def refuse(self, reason: str) -> bool:
+        del reason
+        return False
 
     def count(self, address: str) -> None:
         """Nothing."""
