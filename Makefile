@@ -115,7 +115,7 @@ lock:
 	test -x $(BIN)/uv || $(MAKE) $(VENV)/.installed
 	$(UV) pyproject.toml --extra cluster --output-file requirements/run.txt
 	$(UV) pyproject.toml --extra dev --constraint requirements/run.txt --output-file requirements/dev.txt
-	$(UV) pyproject.toml --extra fuzz --constraint requirements/dev.txt --output-file requirements/fuzz.txt
+	$(UV) pyproject.toml --extra cluster --extra fuzz --constraint requirements/dev.txt --output-file requirements/fuzz.txt
 	$(BIN)/python -c '$(BUILD)' | $(UV) - --constraint requirements/dev.txt --output-file requirements/build.txt
 	for python in 3.11 3.12 3.13; do for part in run dev fuzz build; do \
 		$(PIP) install --dry-run --no-deps --ignore-installed --python-version $$python --require-hashes \

@@ -77,6 +77,11 @@ class FillDependencies:
         return self.settings.fill.queue_timeout + 2 * slowest
 
 
+def nowhere() -> bool:
+    """The body arrives from nowhere at present."""
+    return False
+
+
 class FillEnd(Enum):
     COMMITTED = "committed"
     VALIDATED = "validated"
@@ -111,6 +116,8 @@ class Fill:
     """It waits for its slot without limit, since no client waits for it."""
     inherits: bool = False
     """Its leader died in mid-body: the takeover gets that leader's slot."""
+    joins: bool = False
+    """It only follows another process, for a member of the cluster that asks what is held. See `promote`."""
     from_memory: bool = False
     """Its body is complete in memory and is only stored. No client waits for it."""
     count_readers: Callable[[int], None] | None = None
@@ -128,7 +135,7 @@ class Fill:
     """All of the body has arrived: the process does not stop before it is committed."""
     asks_gups: bool = True
     """Some of its upstreams are gups, or may be; known where `passed` names any."""
-    from_wan: Callable[[], bool] = lambda: False
+    from_wan: Callable[[], bool] = nowhere
     """Whether its body arrives from the WAN at this moment, at this node."""
     order: int | None = None
     """The number at which its fetch began (gup.cache.purges); None before that."""
@@ -226,6 +233,7 @@ class Fill:
 
     def promote(self, wan: Wan) -> None:
         """A client waits for it now."""
+        self.joins = False
         if self.background:
             self.background = False
             self.share.priority = class_of(self.route)

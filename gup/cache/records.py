@@ -355,6 +355,8 @@ class FillState:
     """
     told: Mapping[str, Validators] = field(default_factory=dict)
     """The validators of each upstream that has sent a part of the body, for comparison at a resume."""
+    from_wan: Flag = False
+    """The body arrives over the WAN, not from a member of the cluster: others may join it."""
 
     def is_current(self, monotonic_now: float) -> bool:
         """Whether any upstream is still not to be asked."""

@@ -9,8 +9,6 @@ from pydantic import TypeAdapter, ValidationError
 from gup.files import replace_file
 
 FILE = "members"
-SETTLED_SECONDS = 1.5
-"""A node that starts knows the members by then, or begins with those it knows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from gup.cluster.beat import Beat, EngineError
-from gup.cluster.member_list import ALONE, SETTLED_SECONDS, Members
+from gup.cluster.member_list import ALONE, Members
 from gup.cluster.membership import PROBE_SECONDS, PROTOCOL, Membership, Row, read_row, write_row
 from gup.cluster.share import GRANT_NS, Classes, Demand, floor, granted
 from gup.cluster.signing import Signer
@@ -31,6 +31,8 @@ _log = logging.getLogger("gup.control.cluster")
 BEAT_SECONDS = 0.2
 _WATCH_SECONDS = 0.025
 """Between two looks at who waits for the WAN."""
+_SETTLE_SECONDS = 1.5
+"""At the start: the longest wait for the first beat and the members' answers."""
 _LEAST_SECONDS = 0.02
 """Between two beats."""
 _JUMP_MS = 1000
@@ -297,11 +299,10 @@ class ClusterControl:
 
     async def _keep_publishing(self) -> None:
         """The first list is published when it is complete: without a member its content would be fetched."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SETTLED_SECONDS):
-                while not (self.beats and self.membership.is_complete):
-                    await self._changed.wait()
-                    self._changed.clear()
+        began = self._clock()
+        while self._clock() - began < _SETTLE_SECONDS and not (self.beats and self.membership.is_complete):
+            await self._changed.wait()
+            self._changed.clear()
         self._changed.set()
         while True:
             await self._changed.wait()

@@ -335,10 +335,10 @@ class Listener:
             elif not connection.hand_over(self._handed[1]):
                 return
 
-    def _receive_handed(self, handed: socket.socket) -> None:
+    def _receive_handed(self, receiving: socket.socket) -> None:
         for _ in range(_ACCEPTS_A_TURN):
             try:
-                told, fds, _, _ = socket.recv_fds(handed, _HANDED_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+                told, fds, _, _ = socket.recv_fds(receiving, _HANDED_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
                 return
             for fd in fds:

@@ -26,7 +26,7 @@ from gup.server.request import Request
 from gup.server.response import Response, Serving, field_lines, plan, refuse
 from gup.units import format_http_date
 from gup.upstream.exchange import PASSED_ON, GivenHead, GivenProblem, Validators, gup_names
-from gup.upstream.members import NOT_READY
+from gup.upstream.members import COMING, NOT_HELD, NOT_READY
 
 log = logging.getLogger("gup.peer")
 
@@ -160,7 +160,7 @@ class PeerHandler:
                 self._cache.held(key, route) if held else self._cache.open(route, key.variant, passed, client)
             )
             if opened is None:
-                return self._plain(409, request)
+                return self._plain(COMING if self._cache.has_part(key) else NOT_HELD, request)
             response = self._plan(request, opened.body.head, opened.age_seconds, fields, ranges=opened.ranges)
             span = next((segment for segment in response.segments if isinstance(segment, Span)), None)
             if span is None:
@@ -206,7 +206,7 @@ class PeerHandler:
 class PeerAdmission:
     """In place of Admission: who asks is known by the signature; the number of connections is bounded."""
 
-    is_proxy = None
+    is_proxy: Callable[[str], bool] | None = None
 
     def __init__(self) -> None:
         self._open = 0

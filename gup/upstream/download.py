@@ -27,8 +27,9 @@ TRIES = 3
 _NEVER = 1 << 62
 _REJOIN_SECONDS = 2.0
 _REJOIN_PAUSE_SECONDS = 0.03
-"""After a break nodes go on one after the other, the one that ranks highest over the WAN, so that the rest is
-not fetched by each: the others ask for so long whether it does."""
+"""After a break the node that ranks highest of those with a part goes on over the WAN. The others ask for so
+long whether it does, so that the rest is not fetched by each.
+"""
 _FIRST_BACKOFF_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 5.0
 
@@ -268,10 +269,10 @@ class Download:
         if self._looked:
             return None
         self._looked = True
-        patience = self._clock() + _REJOIN_SECONDS if self.received else 0.0
+        patience, begun = self._clock() + _REJOIN_SECONDS, self.received > 0
         while True:
-            self._holder, above = await self._members.holding(self._template, self._passed_over)
-            if self._holder is not None or not above or self._clock() >= patience:
+            self._holder, coming = await self._members.holding(self._template, self._passed_over, begun=begun)
+            if self._holder is not None or not coming or self._clock() >= patience:
                 return self._holder
             await asyncio.sleep(_REJOIN_PAUSE_SECONDS)
 

@@ -13,7 +13,6 @@ from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from gup import config
-from gup.cluster.member_list import SETTLED_SECONDS
 from gup.cluster.order import above, ranked
 from gup.cluster.signing import Question, Signer
 from gup.jsonmodel import InvalidError
@@ -42,11 +41,19 @@ _MOST_ASKS = 64
 _MOST_LOOKS = 256
 """The same for questions about what members hold, which are answered at once: they must not wait behind those
 that wait for a fill."""
-_HELD_SECONDS = 0.05
-_SETTLE_SECONDS, _SETTLE_POLL_SECONDS = SETTLED_SECONDS + 0.5, 0.02
+_HELD_SECONDS = 1.0
+"""Members answer in some milliseconds what they hold. One that is busy gets so long, since without its answer
+the WAN would carry what it holds a second time.
+"""
+_GRACE_SECONDS = 0.02
+"""And so long those whose answer may have come while this process was busy."""
+_SETTLE_SECONDS, _SETTLE_POLL_SECONDS = 10.0, 0.02
+"""The controller writes a list within 2 s of its start; this is for one that can't."""
 _ERROR_BODY_BYTES = 64 * 1024
-NOT_READY, NOT_HELD = 202, 409
-"""What a member answers when the body has not begun within a second, and when it does not hold it."""
+NOT_READY, NOT_HELD, COMING = 202, 409, 425
+"""What a member answers when the body has not begun within a second, when it does not hold it, and when it
+has a part of it that does not come over the WAN.
+"""
 
 
 _MARK = "member "
@@ -141,39 +148,50 @@ class Members:
         self._refresh()
         return [self._members[name] for name in above(key, self._node, self._members)]
 
-    async def holding(self, ask: Ask, without: Collection[str]) -> tuple[Member | None, bool]:
+    async def holding(self, ask: Ask, without: Collection[str], *, begun: bool) -> tuple[Member | None, bool]:
         """A member that holds the body of `ask.key`, if any; asks all but `without` at once.
 
-        And whether a member above this node answered that it does not: it may go to the WAN for it now.
+        And whether one should be asked again since it has a part, which it may go on with: of a body that is
+        `begun` here, only one that ranks higher, so that two nodes don't wait for each other.
         """
         self._refresh()
         others = [self._members[name] for name in ranked(ask.key, self._members)]
         others = [member for member in others if member.name not in without]
-        higher, answered = self.above(ask.key), set[Member]()
+        rivals = self.above(ask.key) if begun else others
         question = replace(ask, method="HEAD", held=True, start=0, stop=None, if_range=None, own_etag=None)
+        coming = {member for member in rivals if begun and member in others}  # until they have answered
 
         async def holds(member: Member) -> Member | None:
             try:
                 answer = await self.ask(member, question)
             except UpstreamFailure as failure:
-                if failure.status is not None:
-                    answered.add(member)
+                if member in rivals and failure.status == COMING:
+                    coming.add(member)
+                else:
+                    coming.discard(member)
                 return None
             return member if isinstance(answer, RemoteHead) and answer.status == 200 else None
 
+        from gup.upstream import connector  # noqa: F401, PLC0415 - imports aiohttp: not while the time runs
+
         tasks = [asyncio.ensure_future(holds(member)) for member in others]
+        waiting, until = set(tasks), time.monotonic() + _HELD_SECONDS
         try:
-            async with asyncio.timeout(_HELD_SECONDS):
-                for coming in asyncio.as_completed(tasks):
-                    if (found := await coming) is not None:
-                        return found, False
-        except TimeoutError:
-            pass
+            while waiting:
+                left = until - time.monotonic()
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=max(left, _GRACE_SECONDS), return_when=asyncio.FIRST_COMPLETED
+                )
+                found = next(filter(None, (task.result() for task in done)), None)
+                if found is not None:
+                    return found, False
+                if not done and left <= _GRACE_SECONDS:
+                    break
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return None, any(member in answered for member in higher)
+        return None, bool(coming)
 
     # --- asking
 
