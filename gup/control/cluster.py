@@ -300,7 +300,9 @@ class ClusterControl:
     async def _keep_publishing(self) -> None:
         """The first list is published when it is complete: without a member its content would be fetched."""
         began = self._clock()
-        while self._clock() - began < _SETTLE_SECONDS and not (self.beats and self.membership.is_complete):
+        while self._clock() - began < _SETTLE_SECONDS and not (
+            self._ever_answered and self.membership.is_complete
+        ):
             await self._changed.wait()
             self._changed.clear()
         self._changed.set()

@@ -5,6 +5,7 @@ import gc
 import importlib
 import socket
 import time
+from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 
@@ -78,19 +79,22 @@ class Worker(ChildProcess):
             shared.sum_of("gup_client_connections"),
             most_here=self.descriptors * 3 // 4,
         )
-        self._peers = self._make_peers(downloads, names)
+        self._peers = self._make_peers(
+            [socket.socket(fileno=fd) for fd in assignment.peer_fds], downloads, names
+        )
         sockets = [socket.socket(fileno=fd) for fd in assignment.listen_fds]
         handed = [socket.socket(fileno=fd) for fd in assignment.handed_fds]
         self._listener = Listener(
             sockets, (handed[0], handed[1]), settings, handler, admission, self._each_second
         )
 
-    def _make_peers(self, downloads: Downloads, names: ClientNames) -> Listener | None:
-        """The port where members of the cluster are answered: every worker has its own socket of it."""
+    def _make_peers(
+        self, sockets: Sequence[socket.socket], downloads: Downloads, names: ClientNames
+    ) -> Listener | None:
+        """What answers the members of the cluster; None without one."""
         cluster = self.settings.cluster
-        if cluster.url is None:
+        if not sockets:
             return None
-        listening = socket.create_server(cluster.listen_address, reuse_port=True, backlog=1024)
         times = ENGINE_TIME, ENGINE_TIME_BEFORE
         handler = PeerHandler(
             self.dependencies,
@@ -102,7 +106,7 @@ class Worker(ChildProcess):
             self.sign_as,
             lambda: [self.engine_ms(), *(time.monotonic_ns() // 1_000_000 + self.words[at] for at in times)],
         )
-        return Listener([listening], None, self.settings, handler, PeerAdmission(), lambda _now: None)
+        return Listener(sockets, None, self.settings, handler, PeerAdmission(), lambda _now: None)
 
     def _each_second(self, wall_now: float, *, everything: bool = False) -> None:
         self.beat()

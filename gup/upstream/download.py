@@ -16,7 +16,7 @@ from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES
 from gup.errors import GupError
 from gup.metrics import MAX_STREAMS, Counters
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators, rejected, unconfirmed
-from gup.upstream.members import Member, Members
+from gup.upstream.members import COMING, Member, Members
 from gup.upstream.pool import Answer, Pool
 from gup.upstream.session import Ask, Upstream
 
@@ -25,8 +25,8 @@ OVERLAP_BYTES = 64 * 1024
 TRIES = 3
 """Tries of one upstream in a row without a new byte."""
 _NEVER = 1 << 62
-_REJOIN_SECONDS = 2.0
-_REJOIN_PAUSE_SECONDS = 0.03
+_REJOIN_SECONDS = 5.0
+_REJOIN_PAUSE_SECONDS, _MOST_RELOOKS = 0.03, 50
 """After a break the node that ranks highest of those with a part goes on over the WAN. The others ask for so
 long whether it does, so that the rest is not fetched by each.
 """
@@ -304,6 +304,12 @@ class Download:
         up at once before the first byte, and after `give_up` in mid-body.
         """
         if isinstance(upstream, Member):
+            if failure.status == COMING and self._fruitless[upstream.name] < _MOST_RELOOKS:
+                # Another of its workers, which does not know yet that it comes over the WAN.
+                self._fruitless[upstream.name] += 1
+                self._holder, self._looked = None, False
+                await asyncio.sleep(_REJOIN_PAUSE_SECONDS)
+                return
             self._after_member(upstream, failure)
             return
         name, self.is_on_wan = upstream.name, False

@@ -1,7 +1,9 @@
 """Three real services, of which one joins, is killed, or loses its disk while clients download."""
 
+import os
 import random
 import shutil
+import signal
 
 import pytest
 from cluster.services import running
@@ -88,6 +90,21 @@ def resumes_elsewhere(site, client, made, tags):
     answer = fetch(site.nodes["b"].data, client.target, fields)
     right = answer.status == 206 and answer.body == made[client.target][start:]
     return right and tag == tags[client.target]
+
+
+def test_a_member_whose_workers_are_killed_is_still_the_one_that_fetches(site):
+    """Questions wait at its port, which the supervisor holds, until new workers answer them."""
+    made = owned_by("a", 4, 300_000)
+    for path, body in made.items():
+        site.upstream.answer(path, Answer(body, etag='"a"'))
+    before = site.nodes["a"].workers()
+    for pid in before:
+        os.kill(pid, signal.SIGKILL)
+    for path, body in made.items():
+        assert site.nodes["b"].get(path).body == body
+    assert site.nodes["b"].metrics()("gup_upstream_received_bytes_total") == 0
+    assert {path: len(site.upstream.requests(path)) for path in made} == dict.fromkeys(made, 1)
+    until(lambda: len(set(site.nodes["a"].workers()) - set(before)) == 2, "successors")
 
 
 @FORMS
