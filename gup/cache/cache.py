@@ -108,10 +108,8 @@ class Cache:
 
     async def held(self, key: ContentKey, route: Route) -> Opened | None:
         """The body if it is stored, or arrives here from the WAN at this moment; nothing is fetched."""
-        entry = await self._entries.get(key)
-        if entry is not None and (route.immutable or is_fresh(self._deps, entry.record)):
-            self._entries.used(entry)
-            return self._opened(entry, route, Result.HIT)
+        if (stored := await self._stored(key, route)) is not None:
+            return stored
         fill = self._current(key)
         if fill is None and await self._arrives_elsewhere(key):
             fill = self._current(key) or self._begin(Fill(key, route, key.variant, joins=True))
@@ -121,7 +119,14 @@ class Cache:
                         body.leave()
         if fill is not None and fill.body is not None and fill.from_wan():
             return Opened(fill.body.reader(), Result.COLLAPSED, key, route.kind)
-        return None
+        return await self._stored(key, route)  # its fill may have ended since the first look
+
+    async def _stored(self, key: ContentKey, route: Route) -> Opened | None:
+        entry = await self._entries.get(key)
+        if entry is None or not (route.immutable or is_fresh(self._deps, entry.record)):
+            return None
+        self._entries.used(entry)
+        return self._opened(entry, route, Result.HIT)
 
     async def _arrives_elsewhere(self, key: ContentKey) -> bool:
         """Whether another process of this node has a part of the body and goes on with it."""
@@ -133,10 +138,11 @@ class Cache:
             return False
         return state is not None and state.phase is Phase.STREAMING
 
-    def has_part(self, key: ContentKey) -> bool:
-        """Whether its body arrives here, from wherever, or will go on soon."""
+    async def has_part(self, key: ContentKey) -> bool:
+        """Whether its body arrives at this node, from wherever, or will go on soon."""
         fill = self._fills.get(key)
-        return fill is not None and fill.body is not None and not fill.body.ended
+        here = fill is not None and fill.body is not None and not fill.body.ended
+        return here or await self._arrives_elsewhere(key)
 
     async def span_alone(
         self,

@@ -160,7 +160,7 @@ class PeerHandler:
                 self._cache.held(key, route) if held else self._cache.open(route, key.variant, passed, client)
             )
             if opened is None:
-                return self._plain(COMING if self._cache.has_part(key) else NOT_HELD, request)
+                return self._plain(COMING if await self._cache.has_part(key) else NOT_HELD, request)
             response = self._plan(request, opened.body.head, opened.age_seconds, fields, ranges=opened.ranges)
             span = next((segment for segment in response.segments if isinstance(segment, Span)), None)
             if span is None:
