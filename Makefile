@@ -43,7 +43,7 @@ test: check
 	rm -f "$$GUP_TEST_NOT_RUN"
 	$(if $(COVERED),rm -rf build/coverage && mkdir -p build/coverage)
 	$(BIN)/python -m pytest -m "alone and not long"
-	$(BIN)/$(if $(COVERED),coverage run,python) -m pytest --numprocesses 4 --dist worksteal -m "not alone and not long"
+	$(BIN)/$(if $(COVERED),coverage run,python) -m pytest --numprocesses 6 --dist worksteal -m "not alone and not long"
 	$(if $(COVERED),$(BIN)/python tests/harness/coverage_bars.py)
 
 coverage:

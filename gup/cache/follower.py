@@ -44,7 +44,8 @@ class Follower:
     async def run(self) -> None:
         claims, waits = self._deps.claims, False
         try:
-            while claims.taken(self._fill.key.claim_offset) or self._fill.aside:
+            # In this order: a leader that steps aside frees the claim after its purge is known.
+            while claims.taken(self._fill.key.claim_offset) or self._fill.aside or self._reads_on:
                 if self._reads_on:
                     await self._read_on()
                     return
