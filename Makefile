@@ -1,10 +1,11 @@
-# `make demo` and `make test` are all that a fresh machine needs: Linux, Python >= 3.11 with venv, make.
+# `make demo` and `make test` are all that a fresh machine needs: Linux, Python 3.11 to 3.13 with venv, make.
+# PYTHON is another one than python3; its environment is VENV: make test PYTHON=python3.13 VENV=build/python3.13
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
-.PHONY: demo test fault long soak fuzz load pictures bench dashboards lint types imports check lock audit deb coverage clean
+.PHONY: demo test fault long soak fuzz load simulation pictures bench dashboards lint types imports check lock audit deb coverage clean
 .DELETE_ON_ERROR:
 
 # Every package in the version, and with the content, that requirements/ names: pip refuses any other, and fetches
@@ -42,7 +43,7 @@ test: check
 	rm -f "$$GUP_TEST_NOT_RUN"
 	$(if $(COVERED),rm -rf build/coverage && mkdir -p build/coverage)
 	$(BIN)/python -m pytest -m "alone and not long"
-	$(BIN)/$(if $(COVERED),coverage run,python) -m pytest --numprocesses 4 --dist worksteal -m "not alone and not long"
+	$(BIN)/$(if $(COVERED),coverage run,python) -m pytest --numprocesses 6 --dist worksteal -m "not alone and not long"
 	$(if $(COVERED),$(BIN)/python tests/harness/coverage_bars.py)
 
 coverage:
@@ -62,6 +63,10 @@ long: $(VENV)/.installed
 MINUTES ?= 30
 soak: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m soak.run --minutes $(MINUTES) --seed $(SEED)
+
+# A day of 100,000 clients on paper, with the real ownership code: the table of docs/cluster.md.
+simulation: $(VENV)/.installed
+	cd tests && PYTHONPATH=. ../$(BIN)/python -m simulation.run
 
 # Many clients at once, by locust: the report is build/load/report.html (docs/load.md). LOAD is any of
 # `PYTHONPATH=deploy/load .venv/bin/python -m gup_load --help`, as LOAD='--scenario Storm --clients 500'.
@@ -108,9 +113,9 @@ UV := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate
 BUILD := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], "setuptools", sep="\n")
 lock:
 	test -x $(BIN)/uv || $(MAKE) $(VENV)/.installed
-	$(UV) pyproject.toml --output-file requirements/run.txt
+	$(UV) pyproject.toml --extra cluster --output-file requirements/run.txt
 	$(UV) pyproject.toml --extra dev --constraint requirements/run.txt --output-file requirements/dev.txt
-	$(UV) pyproject.toml --extra fuzz --constraint requirements/dev.txt --output-file requirements/fuzz.txt
+	$(UV) pyproject.toml --extra cluster --extra fuzz --constraint requirements/dev.txt --output-file requirements/fuzz.txt
 	$(BIN)/python -c '$(BUILD)' | $(UV) - --constraint requirements/dev.txt --output-file requirements/build.txt
 	for python in 3.11 3.12 3.13; do for part in run dev fuzz build; do \
 		$(PIP) install --dry-run --no-deps --ignore-installed --python-version $$python --require-hashes \
@@ -122,7 +127,7 @@ deb:
 	deploy/debian/build
 
 audit: $(VENV)/.installed
-	.ci/audit
+	VENV=$(VENV) .ci/audit
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -21,6 +21,7 @@ _DER_BEGIN = b"\x30\x82"
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC_AT_ONCE = ctypes.PyDLL(None, use_errno=True)  # calls hold the interpreter's lock
 _SYNC_FILE_RANGE_WRITE = 2
+_FALLOC_FL_KEEP_SIZE = 1
 _POLL = struct.Struct("ihh")  # struct pollfd: fd, events, revents
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid
 
@@ -59,6 +60,29 @@ def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
     time writes a path: the new file's name is fixed, so nothing piles up.
     """
     os.close(replaced_file(path, content, durable=durable))
+
+
+def append_line(path: Path, line: bytes = b"", *, reserve_bytes: int = 64 * 1024) -> None:
+    """Add a line, readable by the owner only, that survives a power cut; OSError, and then it may be torn.
+
+    What a crash or a full disk left of an earlier line is ended first. Room for further lines is reserved, so
+    that they can be written on a full disk, where the file system can do that; without a line only this is
+    done.
+    """
+    new = not path.exists()
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    try:
+        size = os.fstat(fd).st_size
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        if line:
+            write_all(fd, (b"\n" if torn else b"") + line + b"\n")
+            os.fsync(fd)
+        end = os.fstat(fd).st_size
+        _LIBC.fallocate(fd, _FALLOC_FL_KEEP_SIZE, ctypes.c_int64(end), ctypes.c_int64(reserve_bytes))
+    finally:
+        os.close(fd)
+    if new:
+        sync_folder(path.parent)
 
 
 def replaced_file(path: Path, content: bytes, *, durable: bool = True) -> int:

@@ -104,6 +104,8 @@ METRICS: tuple[Metric, ...] = (
     _counter("gup_upstream_received_bytes_total", "Body bytes from upstream.", _PURPOSE, upstream=True),
     _counter("gup_upstream_requests_total", "Requests sent upstream.", ("outcome", _OUTCOMES), upstream=True),
     _counter("gup_upstream_wasted_bytes_total", "Bytes received and not used.", ("reason", WASTED)),
+    _counter("gup_peer_received_bytes_total", "Body bytes from other members of the cluster."),
+    _counter("gup_peer_sent_bytes_total", "Body bytes to other members of the cluster."),
     _counter("gup_fills_total", "Fills ended.", _ENDS),
     _counter("gup_fill_resumes_total", "Fills resumed.", ("reason", RESUME_REASONS)),
     Metric("gup_fill_duration_seconds", "histogram", "From claim to commit.", buckets=FILL_BUCKETS),
@@ -140,6 +142,7 @@ METRICS: tuple[Metric, ...] = (
     _gauge("gup_config_last_reload_successful", "Whether the last reload succeeded."),
     _gauge("gup_start_time_seconds", "When the service was started."),
     _gauge("gup_build_info", "Version of gup and of Python.", ("version", ()), ("python", ())),
+    _gauge("gup_cluster_members", "Members of the cluster, this one among them; absent when it is alone."),
     _gauge("gup_site_info", "Name of the site.", ("site", ())),
 )
 

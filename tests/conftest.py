@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import psutil
 import pytest
 import uvloop
@@ -24,6 +25,8 @@ __all__ = ["pytest_runtest_setup", "pytest_terminal_summary"]  # hooks: pytest f
 Answers = Mapping[str, Answer | bytes | Sequence[Answer | bytes]]
 
 _SETTLE_SECONDS = 3.0
+hypothesis.settings.register_profile("here", deadline=None)  # a busy machine is no fault
+hypothesis.settings.load_profile("here")
 uvloop.new_event_loop().close()  # libuv opens one pipe a process, at its first loop, for good
 
 

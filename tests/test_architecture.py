@@ -17,7 +17,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 READS_ENVIRONMENT = {
     "gup/config/loading.py",  # settings
     "gup/process/supervisor.py",  # what systemd passes: LISTEN_FDS, NOTIFY_SOCKET
-    "gup/control/alarm_command.py",  # the few variables that the command gets
+    "gup/control/receivers.py",  # the few variables that the command gets
     "gup/demo/run.py",  # what its child processes inherit, without GUP_ variables
 }
 """The modules besides the command line that may look at the environment."""
@@ -252,9 +252,8 @@ def test_every_status_of_a_problem_is_a_code_that_can_be_counted():
 def test_dependencies_have_their_reasons():
     configured = tomllib.loads(text(ROOT / "pyproject.toml"))
     project, build = configured["project"], configured["build-system"]["requires"]
-    run, to_build, develop, to_fuzz = re.split(
-        r"## To (?:build|develop|fuzz)", text(ROOT / "docs" / "dependencies.md")
-    )
+    page = text(ROOT / "docs" / "dependencies.md")
+    run, cluster, to_build, develop, to_fuzz = re.split(r"## To (?:run as|build|develop|fuzz)", page)
 
     def packages(requirements):
         return [re.split(r"[<>=!~\[; ]", requirement)[0] for requirement in requirements]
@@ -263,6 +262,7 @@ def test_dependencies_have_their_reasons():
         return re.findall(r"^\| `([^`]+)` \| \S.+ \|$", page, re.MULTILINE)
 
     assert explained(run) == packages(project["dependencies"])
+    assert explained(cluster) == packages(project["optional-dependencies"]["cluster"])
     assert explained(to_build) == packages(build)
     assert explained(develop) == packages(project["optional-dependencies"]["dev"])
     assert explained(to_fuzz) == packages(project["optional-dependencies"]["fuzz"])

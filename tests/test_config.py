@@ -338,3 +338,75 @@ def test_addresses_are_normalised_and_equal_ports_of_different_ones_allowed():
     assert (listen.address, listen.admin_address) == ("127.0.0.1", "::1")
     for listen in ({"address": "127.0.0.2", "port": 99, "admin_port": 99}, {"port": 0, "admin_port": 0}):
         assert load(environment={}, flags={"listen": listen}).listen.port == listen["port"]
+
+
+# --- the cluster
+
+CLUSTER = """
+[cluster]
+url = "redis://valkey:6379"
+site = "lyon"
+address = "http://10.0.0.5:2969"
+secret_file = "/etc/gup/secret"
+"""
+
+
+def test_a_cluster_needs_its_four_keys_and_has_defaults_for_the_rest(toml, monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: "gup-1.example")
+    cluster = load(toml(CLUSTER), environment={}).cluster
+    assert (cluster.node, cluster.listen_address, cluster.member_timeout) == (
+        "gup-1.example",
+        ("0.0.0.0", 2969),
+        5.0,
+    )
+    assert Settings().cluster.url is None
+    for key in ("site", "address", "secret_file"):
+        lines = [line for line in CLUSTER.splitlines() if not line.startswith(key)]
+        (problem,) = problems_of(toml("\n".join(lines)))
+        assert problem.startswith(f"cluster.{key}: missing; with cluster.url it must be ")
+
+
+def test_without_an_engine_what_only_a_cluster_needs_is_a_mistake(toml):
+    problems = problems_of(toml(CLUSTER.replace('url = "redis://valkey:6379"', "")))
+    assert [problem.partition(":")[0] for problem in problems] == [
+        *("cluster.address", "cluster.secret_file", "cluster.site")
+    ]
+    assert all("it needs cluster.url" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("url", ["redis://v", "rediss://v:1", "redis://gup@v:6379/3", "redis://[::1]:6379"])
+def test_engines(toml, url):
+    assert load(toml(CLUSTER.replace("redis://valkey:6379", url)), environment={}).cluster.url == url
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('url = "http://v"', "redis://host:port or rediss://host:port"),
+        ('url = "redis://user:word@v"', "redis://host:port or rediss://host:port"),
+        ('address = "https://10.0.0.5:1"', "http://host:port"),
+        ('address = "http://10.0.0.5:1/x"', "http://host:port"),
+        ('listen = "2969"', "an IP address and a port"),
+        ('listen = "gup:2969"', "an IP address and a port"),
+        ('listen = "0.0.0.0:99999"', "an IP address and a port"),
+        ('listen = "0.0.0.0:2967"', "port 2967 is in [listen] too"),
+        ('node = "a b"', "letters, digits, dots, dashes or underscores"),
+        ('site = "a:b"', "letters, digits, dots, dashes or underscores"),
+        ('member_timeout = "1s"', 'must be at least "2s"'),
+        ('sentinels = ["v:26379"]', "cluster.sentinel_name: missing"),
+        ('sentinel_name = "gup"', "cluster.sentinels: missing"),
+        ('sentinels = ["v"]\nsentinel_name = "gup"', "must be host:port"),
+        ('sentinels = ["v:0"]\nsentinel_name = "gup"', "must be host:port"),
+    ],
+)
+def test_mistakes_in_a_cluster_say_what_would_be_right(toml, line, sentence):
+    key = line.partition(" ")[0]
+    others = [other for other in CLUSTER.splitlines() if other.partition(" ")[0] != key]
+    problems = problems_of(toml("\n".join([*others, line])))
+    assert any(sentence in problem for problem in problems), problems
+    assert not any("word" in problem.replace("password", "") for problem in problems)
+
+
+def test_addresses_with_ports_in_both_families(toml):
+    listen = load(toml(CLUSTER + 'listen = "[::]:3000"\n'), environment={}).cluster
+    assert (listen.listen, listen.listen_address) == ("[::]:3000", ("::", 3000))

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 import tomllib
 from importlib.metadata import distribution
@@ -17,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-RUN = PROJECT["project"]["dependencies"]
+RUN = PROJECT["project"]["dependencies"] + PROJECT["project"]["optional-dependencies"]["cluster"]
 DEVELOP = RUN + PROJECT["project"]["optional-dependencies"]["dev"]
 BUILD = [*PROJECT["build-system"]["requires"], "setuptools"]
 FUZZ = RUN + PROJECT["project"]["optional-dependencies"]["fuzz"]
@@ -133,7 +134,12 @@ def advisories(monkeypatch):
 
 def audit(url, folder):
     """The status, and what was said."""
-    env = os.environ | {"OSV_URL": url, "XDG_CACHE_HOME": str(folder), "PIP_CACHE_DIR": str(folder)}
+    env = os.environ | {
+        "VENV": sys.prefix,
+        "OSV_URL": url,
+        "XDG_CACHE_HOME": str(folder),
+        "PIP_CACHE_DIR": str(folder),
+    }
     done = subprocess.run(
         [ROOT / ".ci" / "audit"], env=env, capture_output=True, text=True, timeout=100, check=False
     )

@@ -17,6 +17,7 @@ import aiofiles
 from pydantic import BaseModel, Field, TypeAdapter
 
 import gup
+from gup.cache.purges import Purges
 from gup.cache.records import CHUNK_BYTES, MAX_RECORD_BYTES, ChunkSums, Record
 from gup.cache.store import OpenFile, Store, read_aside
 from gup.content.key import ContentKey
@@ -317,7 +318,8 @@ class Import:
                     raise ArchiveError("it is being fetched; import it again later")
                 if self._is_present(key):
                     return
-                record = replace(record, pinned=False, generation=int(self.now * 1_000_000_000))
+                order = Purges(store.run).number  # it comes after every purge so far
+                record = replace(record, pinned=False, generation=int(self.now * 1_000_000_000), order=order)
                 store.drop_parts(key.id)
                 temporary.rename(store.part_path(key.id, record.generation))
                 store.commit(record)

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Coroutine
+from dataclasses import replace
 
 from gup.cache.body import GrowingBody
 from gup.cache.catalog_cache import spell
@@ -15,7 +16,7 @@ from gup.cache.leader import Leader
 from gup.cache.locks import Slots
 from gup.cache.open_entries import Entries, Entry, Opened, Result
 from gup.cache.passthrough import PassThrough, too_many_misses
-from gup.cache.records import Failure, Head, Record, route_of
+from gup.cache.records import Failure, Head, Phase, Record, route_of
 from gup.cache.recovery import Leftover, examine, is_fresh
 from gup.cache.store import OpenFile
 from gup.content.key import ContentKey, Variant
@@ -31,6 +32,8 @@ _PATIENCE_FOR_FRESH_SECONDS = 1.0
 """A request for a stale index file waits this long for upstream before it is served the stale one."""
 _CIRCLE_SECONDS = 0.5
 """A waiting gup is checked this often for being the upstream of the fill it waits for."""
+_FIRST_LOOK_SECONDS = 0.5
+"""What another process has of a body is seen within this time, also on a busy machine."""
 _MOST_FILLS = 3
 """Fills per request, when the entry is removed as soon as it is stored."""
 _Found = tuple[Record, OpenFile, bool]
@@ -69,7 +72,7 @@ class Cache:
         `client` is its address.
         """
         for key in route.keys(variant):
-            fill = self._fills.get(key)
+            fill = self._current(key)
             if fill is not None and fill.suspect and fill.body is not None:  # the entry was demoted
                 return await self._filled(key, route, variant, passed, client)
             entry = self._entries.known(key)
@@ -103,6 +106,64 @@ class Cache:
         self._entries.used(entry)
         return opened
 
+    async def held(self, key: ContentKey, route: Route) -> Opened | None:
+        """The body if it is stored, or arrives here from the WAN at this moment; nothing is fetched."""
+        if (stored := await self._stored(key, route)) is not None:
+            return stored
+        fill = self._current(key)
+        if fill is None and await self._arrives_elsewhere(key):
+            fill = self._current(key) or self._begin(Fill(key, route, key.variant, joins=True))
+            with contextlib.suppress(Problem, TimeoutError):
+                async with asyncio.timeout(_FIRST_LOOK_SECONDS):
+                    if isinstance(body := await fill.join(), GrowingBody):
+                        body.leave()
+        if fill is not None and fill.body is not None and fill.from_wan():
+            return Opened(fill.body.reader(), Result.COLLAPSED, key, route.kind)
+        return await self._stored(key, route)  # its fill may have ended since the first look
+
+    async def _stored(self, key: ContentKey, route: Route) -> Opened | None:
+        entry = await self._entries.get(key)
+        if entry is None or not (route.immutable or is_fresh(self._deps, entry.record)):
+            return None
+        self._entries.used(entry)
+        return self._opened(entry, route, Result.HIT)
+
+    async def _arrives_elsewhere(self, key: ContentKey) -> bool:
+        """Whether another process of this node has a part of the body and goes on with it."""
+        if not self._deps.claims.taken(key.claim_offset):
+            return False
+        try:
+            state = await on_disk(self._deps.executor, self._deps.store.load_state, key.id)
+        except (DiskError, ValueError):
+            return False
+        return state is not None and state.phase is Phase.STREAMING
+
+    async def has_part(self, key: ContentKey) -> bool:
+        """Whether its body arrives at this node, from wherever, or will go on soon."""
+        fill = self._fills.get(key)
+        here = fill is not None and fill.body is not None and not fill.body.ended
+        return here or await self._arrives_elsewhere(key)
+
+    async def span_alone(
+        self,
+        opened: Opened,
+        route: Route,
+        variant: Variant,
+        start: int,
+        stop: int,
+        passed: tuple[str, ...] = (),
+    ) -> Opened:
+        """Fetch a range of a growing body separately if the fill will not reach it soon; else as opened."""
+        try:
+            body = await self.pass_through.range(opened, route, variant, start, stop, passed)
+        except BaseException:
+            opened.body.leave()  # the client has gone
+            raise
+        if body is None:
+            return opened
+        opened.body.leave()
+        return replace(opened, body=body, result=Result.BYPASS)
+
     def _opened(self, entry: Entry, route: Route, result: Result) -> Opened:
         age = max(0, int(self._deps.wall_clock() - entry.record.validated_at))
         return Opened(entry, result, entry.key, route.kind, age, entry=entry)
@@ -117,10 +178,10 @@ class Cache:
             entry = entry or await self._entries.get(candidate)
         if entry is not None and (route.immutable or is_fresh(self._deps, entry.record)):
             return entry.head, Result.HIT, self._opened(entry, route, Result.HIT).age_seconds
-        fill = self._fills.get(key)
+        fill = self._current(key)
         if fill is not None and fill.body is not None:
             return fill.body.head, Result.COLLAPSED, 0
-        if (kept := self._deps.memory.finished(key)) is not None:
+        if (kept := self._in_memory(key, route)) is not None:
             return kept.head, Result.BYPASS, 0
         try:
             return await self.pass_through.head(route, variant, passed, client), Result.MISS, 0
@@ -154,23 +215,19 @@ class Cache:
         for number in range(1, _MOST_FILLS + 1):
             if (failure := deps.failures.get(key, route.upstream_path)) is not None:
                 raise failure
-            kept = deps.memory.finished(key)
+            kept = self._in_memory(key, route)
             if kept is not None:
                 return self._kept_in_memory(kept, key, route, variant)
             if passed:
                 await self._refuse_circle(key, variant, passed)
-            fill = self._fills.get(key)
+            fill = self._current(key)
             first, late = fill is None, fill is not None and fill.body is not None and fill.body.ended
             fill = fill or self._begin_for(Fill(key, route, variant, passed, client))
             fill.promote(deps.pool.wan)
             try:
                 joined = await self._joined(fill, passed)
             except Problem:
-                if (
-                    fill.problem is None
-                    or fill.has_failed(route.upstream_path, passed)
-                    or number == _MOST_FILLS
-                ):
+                if number == _MOST_FILLS or not fill.allows_another(route.upstream_path, passed):
                     raise
                 await fill.ended.wait()
                 continue
@@ -193,6 +250,14 @@ class Cache:
         if not self._deps.count_miss(fill.client):
             raise too_many_misses(self._deps)
         return self._begin(fill)
+
+    def _in_memory(self, key: ContentKey, route: Route) -> GrowingBody | None:
+        """A complete body that could not be stored; one that a purge names is removed."""
+        body = self._deps.memory.finished(key)
+        if body is not None and self._deps.purges.name_head(key, route.kind, body.head):
+            self._deps.memory.drop(key)
+            return None
+        return body
 
     def _kept_in_memory(self, body: GrowingBody, key: ContentKey, route: Route, variant: Variant) -> Opened:
         """A body that could not be stored; storing it is retried from time to time."""
@@ -250,7 +315,7 @@ class Cache:
             return False
         if (failure := self._deps.failures.get(key, route.upstream_path)) is not None:
             raise failure
-        fill = self._fills.get(key) or self._begin(Fill(key, route, variant, background=True))
+        fill = self._current(key) or self._begin(Fill(key, route, variant, background=True))
         return await fill.outcome()
 
     def take_over(self, route: Route, variant: Variant, *, inherits: bool) -> asyncio.Event | None:
@@ -260,11 +325,26 @@ class Cache:
         process has such a fill already.
         """
         key = route.key(variant)
-        if key in self._fills:
+        if self._current(key) is not None:
             return None
         return self._begin(Fill(key, route, variant, patient=not inherits, inherits=inherits)).ended
 
     # --- fills
+
+    def _current(self, key: ContentKey) -> Fill | None:
+        """The key's fill that a new request may join. One that a purge names goes on aside, to its end."""
+        fill = self._fills.get(key)
+        if fill is None or not fill.is_purged(self._deps.purges):
+            return fill
+        del self._fills[key]
+        if fill.step_aside is not None:
+            self._spawn(fill.step_aside())
+        return None
+
+    def set_purged_aside(self) -> None:
+        """Set all fills aside that a purge names; to be called once a second."""
+        for key in list(self._fills):
+            self._current(key)
 
     def _begin(self, fill: Fill) -> Fill:
         fill.since = self._deps.clock()
@@ -287,7 +367,7 @@ class Cache:
                     try:
                         await self._lead(fill, found, follower)
                     finally:
-                        self._deps.claims.release(fill.key.claim_offset)
+                        self._release(fill)
                 elif isinstance(found, Failure):
                     fill.fail(found.problem(self._deps.clock()))
                 elif isinstance(found, FillEnd):
@@ -299,11 +379,19 @@ class Cache:
                 raise
             fill.fail(exhausted(error))
         finally:
-            del self._fills[fill.key]
+            self._forget(fill)
             if not fill.over:  # cancelled when the service stops, or a programming error
                 fill.fail(Problem("internal-error", "the fill ended with an internal error"))
             self._keep_entry(fill)
             fill.ended.set()
+
+    def _release(self, fill: Fill) -> None:
+        if not fill.freed:  # else it may be the next fill's
+            self._deps.claims.release(fill.key.claim_offset)
+
+    def _forget(self, fill: Fill) -> None:
+        if self._fills.get(fill.key) is fill:  # else it was set aside
+            del self._fills[fill.key]
 
     def _claim_new(self, fill: Fill) -> Leftover | None:
         """Claim a key that has no files yet: a miss without a look at the disk. None: look the key up."""
@@ -352,6 +440,9 @@ class Cache:
 
     async def _lead(self, fill: Fill, leftover: Leftover, follower: Follower) -> None:
         """Lead a claimed fill; if upstream does not have this spelling of the moniker, try another."""
+        if fill.joins:
+            fill.fail(Problem("upstream-error", "the process that fetched it has ended"))
+            return
         if not fill.suspect and not fill.from_memory and follower.ended_in_memory():
             return
         if (
@@ -389,7 +480,7 @@ class Cache:
             self._entries.put(fill.record, fill.file, trusting=False)
         elif fill.record is not None and (entry := self._entries.known(fill.key)) is not None:
             self._entries.adopt(entry, fill.record)
-        if fill.end in (FillEnd.COMMITTED, FillEnd.VALIDATED):
+        if fill.end in (FillEnd.COMMITTED, FillEnd.VALIDATED) and not fill.aside:
             self._deps.memory.drop(fill.key)
 
     # --- damage
@@ -413,7 +504,7 @@ class Cache:
 
     def _compare_all(self, entry: Entry) -> None:
         """Begin a fill that compares the whole entry, unless one is running, or failed a moment ago."""
-        fill = self._fills.get(entry.key)
+        fill = self._current(entry.key)
         if fill is not None:
             if not fill.suspect:  # its commit is under way
                 self._spawn(self._compare_after(fill, entry))
@@ -439,7 +530,7 @@ class Cache:
             return True
         opened.body.leave()
         self._entries.drop(entry)
-        fill = self._fills.get(entry.key)
+        fill = self._current(entry.key)
         if fill is not None:
             joined = await self._joined(fill)
             if isinstance(joined, GrowingBody):
@@ -454,13 +545,13 @@ class Cache:
         For the controller: it has no client's request to know the route from. `counted`: the damage is
         counted already.
         """
-        while (fill := self._fills.get(key)) is not None and not fill.suspect:
+        while (fill := self._current(key)) is not None and not fill.suspect:
             await fill.ended.wait()
         if fill is None:
             record = await on_disk(self._deps.executor, self._deps.store.load_or_none, key)
             if record is None:
                 return Problem("upstream-not-found", "it has no record")
-            fill = self._fills.get(key) or self._suspect(record, counted=counted)
+            fill = self._current(key) or self._suspect(record, counted=counted)
         await fill.ended.wait()
         if fill.problem is None and fill.end is FillEnd.UNSTORABLE:
             return Problem("overloaded", "it is damaged, and can't be stored", retry_after_seconds=10.0)

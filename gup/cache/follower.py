@@ -7,11 +7,11 @@ import os
 
 from gup.cache.body import GrowingBody
 from gup.cache.inflight import Fill, FillDependencies, FillEnd
-from gup.cache.locks import waiters_offset
+from gup.cache.locks import aside_offset, waiters_offset
 from gup.cache.memory_files import Row
 from gup.cache.records import FillState, Phase
 from gup.cache.store import OpenFile
-from gup.errors import is_exhausted
+from gup.errors import Problem, is_exhausted
 
 log = logging.getLogger("gup.fill")
 
@@ -19,6 +19,8 @@ _POLL_SECONDS = 0.004
 _LONGEST_POLL_SECONDS = 0.25
 _LATE = 0.1
 """Upper limit of the polling delay, as a fraction of the time since the last change."""
+_ASIDE_SECONDS = 5.0
+"""A leader whose body was purged steps aside within this time."""
 _IDLE_POLL_SECONDS = 0.1
 """Polling interval while no client of this process waits."""
 
@@ -42,7 +44,11 @@ class Follower:
     async def run(self) -> None:
         claims, waits = self._deps.claims, False
         try:
-            while claims.taken(self._fill.key.claim_offset):
+            # In this order: a leader that steps aside frees the claim after its purge is known.
+            while claims.taken(self._fill.key.claim_offset) or self._fill.aside or self._reads_on:
+                if self._reads_on:
+                    await self._read_on()
+                    return
                 if not waits and self._fill.wanted:  # tell the leader that a client waits
                     with contextlib.suppress(OSError):  # without a lock the fill is only not promoted
                         waits = claims.try_claim(self._waiters)
@@ -64,6 +70,29 @@ class Follower:
         with contextlib.suppress(OSError):  # without a descriptor: the next leader gets the same error
             return self._look_into_memory()
         return False
+
+    # --- a purge names the body that is followed
+
+    @property
+    def _reads_on(self) -> bool:
+        body = self._fill.body
+        return self._fill.is_purged(self._deps.purges) and (body is None or not body.in_memory)
+
+    async def _read_on(self) -> None:
+        """Go on with the body as long as its leader does, whoever has the key's claim."""
+        fill, body, led = self._fill, self._fill.body, False
+        claims, give_up_at = self._deps.claims, self._deps.clock() + _ASIDE_SECONDS
+        while body is not None and not body.ended:
+            leads = claims.taken(aside_offset(fill.key.id, body.generation))
+            self._publish(body)  # after the look at the lock: what was written before is seen
+            led = led or leads
+            if not body.ended and not leads and (led or self._deps.clock() >= give_up_at):
+                body.fail()
+            await asyncio.sleep(self._pause())
+        if body is not None and not body.failed:
+            fill.finish(FillEnd.UNSTORABLE)
+        else:
+            fill.fail(Problem("overloaded", "it was purged while it was fetched", retry_after_seconds=1.0))
 
     def _pause(self) -> float:
         body = self._fill.body
@@ -134,12 +163,22 @@ class Follower:
             self._memory_seen = None  # it is gone: the next poll shows why
             return None
         assert state.head is not None
+        if self._is_purged(state):
+            if row.finished:
+                memory.drop(fill.key)
+            else:  # its leader has the claim to its end
+                fill.finish(FillEnd.UNSTORABLE)
+            return None
         if body is None or body.generation != row.generation:
             body = GrowingBody(state.head, row.generation, None, self._deps.clock())
         body.go_on_in(file)
         memory.hold(fill.key, body)
         fill.attach(body)
         return body
+
+    def _is_purged(self, state: FillState) -> bool:
+        head, pinned = state.head, state.pinned
+        return head is not None and self._deps.purges.name_head(state.key, state.kind, head, pinned=pinned)
 
     # --- parts
 
@@ -157,8 +196,9 @@ class Follower:
         fill, now = self._fill, self._deps.clock()
         failing = state.failure is not None and state.failure.is_current(now)
         same = state.path == fill.route.upstream_path
+        fill.from_wan = lambda: state.phase is Phase.STREAMING and state.from_wan
         if state.phase is Phase.STREAMING and (fill.body is None or fill.body.generation != state.generation):
-            if state.service_start == self._deps.store.service_start:
+            if state.service_start == self._deps.store.service_start and not self._is_purged(state):
                 self._attach(state)
         elif state.phase is Phase.REQUESTED:
             fill.detach()  # the body was given up: upstream has another one now
@@ -171,6 +211,7 @@ class Follower:
 
     def _attach(self, state: FillState) -> None:
         assert state.head is not None
+        self._fill.order, self._fill.pinned = state.head.order, state.pinned
         path = self._deps.store.part_path(self._fill.key.id, state.generation)
         with contextlib.suppress(FileNotFoundError):  # committed or given up since: the next poll shows which
             self._fill.attach(GrowingBody(state.head, state.generation, OpenFile(path), self._deps.clock()))

@@ -1,7 +1,7 @@
 """The in-flight table's rows: one fill a key, led or followed by this process, and its collaborators."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,6 +13,7 @@ from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Claims
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache
+from gup.cache.purges import Purges
 from gup.cache.records import Record
 from gup.cache.scheduler import Class, FillQueue, class_of
 from gup.cache.store import OpenFile, Store
@@ -22,7 +23,11 @@ from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Share, Wan
+from gup.upstream.members import Members
 from gup.upstream.pool import Pool
+
+OF_MEMBER = "member "
+"""Begins the name of a client that asked another member of the cluster, for its fair turn here."""
 
 
 @dataclass(slots=True)
@@ -32,11 +37,13 @@ class FillDependencies:
     store: Store
     claims: Claims
     pool: Pool
+    members: Members
     counters: Counters
     queue: FillQueue
     space: Space
     memory: MemoryFiles
     failures: NegativeCache
+    purges: Purges
     misses: ClientCounts
     """Of each client, in this second."""
     streams: Streams
@@ -51,15 +58,28 @@ class FillDependencies:
     clock: Callable[[], float]
 
     def count_miss(self, client: str) -> bool:
-        """Count a request that needs an upstream; False when its client has too many in this second."""
+        """Count a request that needs an upstream; False when its client has too many in this second.
+
+        The clients of other members are limited there.
+        """
         most = self.settings.clients.max_misses_per_address
-        return not most or not client or self.misses.add_within(client, int(self.clock())) <= most
+        return (
+            not most
+            or not client
+            or client.startswith(OF_MEMBER)
+            or self.misses.add_within(client, int(self.clock())) <= most
+        )
 
     @property
     def longest_wait_seconds(self) -> float:
         """Until a fill's first byte: the time in the queue, and one upstream that does not answer."""
         slowest = max((u.connect_timeout + u.first_byte_timeout for u in self.settings.upstream), default=1.0)
         return self.settings.fill.queue_timeout + 2 * slowest
+
+
+def nowhere() -> bool:
+    """The body arrives from nowhere at present."""
+    return False
 
 
 class FillEnd(Enum):
@@ -96,6 +116,8 @@ class Fill:
     """It waits for its slot without limit, since no client waits for it."""
     inherits: bool = False
     """Its leader died in mid-body: the takeover gets that leader's slot."""
+    joins: bool = False
+    """It only follows another process, for a member of the cluster that asks what is held. See `promote`."""
     from_memory: bool = False
     """Its body is complete in memory and is only stored. No client waits for it."""
     count_readers: Callable[[int], None] | None = None
@@ -113,6 +135,18 @@ class Fill:
     """All of the body has arrived: the process does not stop before it is committed."""
     asks_gups: bool = True
     """Some of its upstreams are gups, or may be; known where `passed` names any."""
+    from_wan: Callable[[], bool] = nowhere
+    """Whether its body arrives from the WAN at this moment, at this node."""
+    order: int | None = None
+    """The number at which its fetch began (gup.cache.purges); None before that."""
+    pinned: bool = False
+    """The entry that it repairs or replaces is pinned."""
+    aside: bool = False
+    """A purge names it: it goes on for those that read it or wait for it, and nobody else joins it."""
+    freed: bool = False
+    """It has freed the key's claim, and touches none of the key's files any more."""
+    step_aside: Callable[[], Coroutine[None, None, None]] | None = None
+    """Frees the key's claim for the next fill. None where another process leads it."""
     share: Share = field(init=False)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all is over and another fill of the key may begin."""
@@ -171,6 +205,16 @@ class Fill:
         shared = is_shared(self.problem, self.passed, asks_gups=self.asks_gups)
         return shared or set(self.passed) <= set(passed)
 
+    def is_purged(self, purges: Purges) -> bool:
+        """Whether a purge names it, or has named it."""
+        if not self.aside and self.order is not None:
+            self.aside = purges.name(self.key, self.route.kind, self.order, pinned=self.pinned)
+        return self.aside
+
+    def allows_another(self, path: str, passed: tuple[str, ...]) -> bool:
+        """Whether a request that has waited for it in vain may wait for the next one."""
+        return self.problem is not None and (self.aside or not self.has_failed(path, passed))
+
     async def join(self) -> GrowingBody | FillEnd:
         """Wait for a body to read, as one of its readers, or for the end. Problem when it failed."""
         self._joining += 1
@@ -189,6 +233,7 @@ class Fill:
 
     def promote(self, wan: Wan) -> None:
         """A client waits for it now."""
+        self.joins = False
         if self.background:
             self.background = False
             self.share.priority = class_of(self.route)
@@ -199,6 +244,8 @@ class Fill:
         await self.ended.wait()
         if self.problem is not None:
             raise self.problem.again()
+        if self.aside:
+            raise Problem("overloaded", "it was purged while it was fetched", retry_after_seconds=1.0)
         if self.end is FillEnd.UNSTORABLE:
             raise Problem("overloaded", "it can't be stored: it is too large, or the disk refuses it")
         return self.fetched

@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from gup.cache.body import GrowingBody
 from gup.cache.disk import STEP_BYTES, DiskError, Room, Unstorable, on_disk, refusal
-from gup.cache.inflight import Fill, FillDependencies, FillEnd, committed, is_shared
-from gup.cache.locks import waiters_offset
+from gup.cache.inflight import Fill, FillDependencies, FillEnd, committed, is_shared, nowhere
+from gup.cache.locks import aside_offset, waiters_offset
 from gup.cache.memory_files import STEP_BYTES as MEMORY_STEP_BYTES
 from gup.cache.memory_files import MemoryFile, MemoryFull
 from gup.cache.negative_cache import Holds, remembered_problem
@@ -38,7 +38,7 @@ from gup.cache.scheduler import FillSlot, class_of
 from gup.cache.store import BadDiskError, OpenFile, Store
 from gup.content.key import Kind
 from gup.errors import Problem, exhausted, is_exhausted
-from gup.upstream.download import Begun, BodyChanged, Download
+from gup.upstream.download import Begun, BodyChanged, Choice, Download
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, unconfirmed
 from gup.upstream.session import Ask
 
@@ -91,6 +91,7 @@ class Leader:
         self._room = Room(dependencies.space, dependencies.executor, dependencies.short)
         self._slot: FillSlot | None = None
         """Kept after it is left: it shows that the fill's clients no longer wait for the queue."""
+        self._has_slot, self._in_progress = False, 0
         self._next_look = 0.0
         self._began_at = dependencies.clock()
         error_ttl = dependencies.settings.cache.error_ttl
@@ -99,6 +100,11 @@ class Leader:
         def tell_rejected(upstream: str, detail: str) -> None:
             tell({"type": "rejected", "key": key, "upstream": upstream, "detail": detail})
 
+        self._files = asyncio.Lock()
+        """Around each change of the key's files, and around the moment at which the claim is freed."""
+        self._aside_at: int | None = None
+        """The lock that tells followers that it goes on without the claim."""
+        fill.pinned = leftover.record is not None and leftover.record.pinned
         self._holds = Holds(leftover.holds, error_ttl, dependencies.clock, tell_rejected)
 
     async def run(self, path: str) -> Problem | None:
@@ -106,6 +112,7 @@ class Leader:
 
         Cancelled: the part stays for the next process that claims the key.
         """
+        self._fill.step_aside = self._step_aside
         try:
             if self._fill.from_memory:
                 await self._store_memory()
@@ -126,6 +133,8 @@ class Leader:
                 raise
             await self.fail(exhausted(error))
         finally:
+            self._fill.step_aside, self._fill.from_wan = None, nowhere  # no cycle that holds files
+            self._end_aside()
             self._writer = None  # its descriptors close when no thread writes any more
             if self._memory is not None and not self._memory.finished:
                 self._memory.drop()
@@ -134,27 +143,21 @@ class Leader:
     # --- fetching
 
     async def _fetch(self, path: str) -> Problem | None:
-        """Fetch it, or the rest of it, when a slot is free.
-
-        While no upstream can be reached it fails instead of waiting for a slot, unless a part of it is
-        stored.
-        """
+        """Fetch it, or the rest of it: from a member of the cluster, or over the WAN when a slot is free."""
         fill, leftover = self._fill, self._leftover
         if leftover.state is not None and fill.body is not None:
             fill.inherits = True
-        if leftover.damaged is None and not leftover.is_whole and not fill.is_read:
-            self._deps.pool.refuse_while_away(fill.variant, self._key.text)
-        await self._take_slot()
         watching = self._watch_for_waiters() if fill.background else None
-        self._deps.counters.add("gup_fills_in_progress", 1)
         try:
+            await self._deps.members.settle()
             self._state.path, self._state.phase = path, Phase.REQUESTED
             fill.fetched = True
             nothing = await self._fetch_or_bypass_disk()
         finally:
             self._leave_upstream()
             self._leave_slot()
-            self._deps.counters.add("gup_fills_in_progress", -1)
+            self._has_slot = False
+            self._count_in_progress(0)
             if watching is not None:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
@@ -183,8 +186,9 @@ class Leader:
                 remote = await self._ask_upstream(None, self._record).begin()
                 if remote.status != 200:
                     return await self._end_without_body(remote)
+                self._count_in_progress(1)
                 await self._room.reserve(remote.length if remote.length is not None else STEP_BYTES)
-                head = head_of(self._key, remote, changed=self._bytes_changed)
+                head = self._head_of(remote)
                 body = self._begin_generation(head)
             try:
                 await self._receive(body)
@@ -204,7 +208,9 @@ class Leader:
             return absent(remote)
         at = validated_at(deps, remote, self._fill.route.immutable)
         try:
-            await self._room.on_disk(renew, deps, record, at)
+            async with self._files:
+                if not self._fill.freed:
+                    await self._room.on_disk(renew, deps, record, at)
         except DiskError as error:  # asked again at the next request: the stored body is still right
             log.warning("could not store that %s is still fresh: %s", self._key.text, error)
         else:
@@ -214,13 +220,51 @@ class Leader:
         return None
 
     def _ask_upstream(self, begun: Begun | None, record: Record | None) -> Download:
-        """A new download, not begun; with `record`, conditional on a change of the body.
+        """A new download, not begun; with `record`, conditional on a change of the body."""
+        self._leave_upstream()
+        deps, fill = self._deps, self._fill
+        resuming = begun is not None and fill.is_read
+        ask = Ask(
+            path=self._state.path,
+            purpose=self._purpose(),
+            stream=self._stream(),
+            stream_of_body=lambda: (deps.streams.add(self._key), str(fill.route.kind)),
+            if_none_match=record.upstream_etag if record else None,
+            if_modified_since=record.last_modified if record else None,
+            own_etag=record.etag if record else None,
+            share=fill.share,
+            passed=fill.passed,
+            client=fill.client,
+            key=self._key.text,
+        )
+        self._download = Download(
+            deps.pool,
+            deps.members,
+            lambda: self._open_wan(resuming=resuming, anew=begun is None),
+            ask,
+            deps.counters,
+            immutable=fill.route.immutable,
+            reread=self._reread,
+            begun=begun,
+            is_read=lambda: fill.is_read,
+            holds=self._holds,
+            clock=deps.clock,
+        )
+        download = self._download
+        fill.from_wan = lambda: download.is_on_wan
+        return self._download
+
+    async def _open_wan(self, *, resuming: bool, anew: bool) -> Choice:
+        """Take a fill slot and choose the upstreams to ask. `anew`: for the whole body.
 
         UpstreamFailure when no upstream is up, or all are on hold.
         """
-        self._leave_upstream()
         deps, fill, holds = self._deps, self._fill, self._holds
-        resuming = begun is not None and fill.is_read
+        await self._save_source(self._source)
+        await self._take_slot()
+        self._count_in_progress(1)
+        if anew:
+            fill.order = deps.purges.now
         fill.asks_gups = bool(fill.passed) and deps.pool.asks_gups(fill.variant, self._key.text)
         candidates = deps.pool.candidates(fill.variant, self._key.text, fill.passed)
         chosen = (
@@ -236,37 +280,14 @@ class Leader:
             )
             retry = min(holds.seconds_left(upstream.name) for upstream in chosen)
             raise UpstreamFailure("error", "upstream-error", detail, again=False, retry_after_seconds=retry)
-        ask = Ask(
-            path=self._state.path,
-            purpose=self._purpose(),
-            stream=self._stream(),
-            stream_of_body=lambda: (deps.streams.add(self._key), str(fill.route.kind)),
-            if_none_match=record.upstream_etag if record else None,
-            if_modified_since=record.last_modified if record else None,
-            share=fill.share,
-            passed=fill.passed,
-            client=fill.client,
-        )
-        self._download = Download(
-            deps.pool,
-            upstreams,
-            ask,
-            deps.counters,
-            immutable=fill.route.immutable,
-            reread=self._reread,
-            begun=begun,
-            reserve=[u for u in candidates if u not in chosen and not holds.seconds_left(u.name)],
-            is_read=lambda: fill.is_read,
-            holds=holds,
-            clock=deps.clock,
-        )
-        return self._download
+        return upstreams, [u for u in candidates if u not in chosen and not holds.seconds_left(u.name)]
 
     def _leave_upstream(self) -> None:
         if self._download is not None:
             self._resumes += self._download.resumes
             self._download.close()
             self._download = None
+            self._fill.from_wan = nowhere  # no cycle, which would hold the files
 
     def _purpose(self) -> str:
         """The label that its bytes are counted under; a background fill keeps its own when it is promoted."""
@@ -295,10 +316,16 @@ class Leader:
     async def _take_slot(self) -> None:
         """Take a slot, to be left when it is no longer needed; Problem when there is none in time.
 
-        A background fill needs none: it streams only while no other fill does, and few are begun at once.
+        While no upstream can be reached it fails instead of waiting, unless a part of the body is stored. A
+        background fill needs none: it streams only while no other fill does, and few are begun at once.
         (The WAN's order is not enough: without a rate, or with one above the link's, it has no effect.)
         """
-        deps, fill = self._deps, self._fill
+        deps, fill, leftover = self._deps, self._fill, self._leftover
+        if self._has_slot:
+            return
+        self._has_slot = True
+        if leftover.damaged is None and not leftover.is_whole and not fill.is_read:
+            deps.pool.refuse_while_away(fill.variant, self._key.text)
         if fill.background:
             return
         waited_seconds = 0.0 if self._slot is not None else deps.clock() - fill.since
@@ -333,6 +360,11 @@ class Leader:
         if self._slot is not None:
             self._slot.leave()
 
+    def _count_in_progress(self, now: int) -> None:
+        """Once it has a slot, or a member sends it."""
+        self._deps.counters.add("gup_fills_in_progress", now - self._in_progress)
+        self._in_progress = now
+
     # --- generations
 
     def _new_writer(self, length: int | None) -> PartWriter:
@@ -345,6 +377,7 @@ class Leader:
         generation = int(self._deps.wall_clock() * 1_000_000_000)
         told = self._download.source_validators if self._download is not None else self._state.told
         self._state.generation, self._state.head, self._state.told = generation, None, told
+        self._fill.order = head.order
         self._new_writer(head.length)
         self._body = GrowingBody(head, generation, None, self._deps.clock())
         return self._body
@@ -363,6 +396,8 @@ class Leader:
 
     def _take_over(self, state: FillState) -> None:
         own = self._state
+        if state.head is not None:
+            self._fill.order, self._fill.pinned = state.head.order, state.pinned
         self._state = replace(state, phase=own.phase, path=own.path, failure=None, passed_through=False)
 
     async def _give_up_generation(self) -> None:
@@ -373,7 +408,9 @@ class Leader:
         self._bytes_changed = True
         self._writer = self._body = None
         self._state.phase, self._state.head, self._state.told = Phase.REQUESTED, None, {}
-        await self._in_thread(self._deps.store.drop_parts, self._key.id)
+        async with self._files:
+            self._require_claim()
+            await self._in_thread(self._deps.store.drop_parts, self._key.id)
         await self._save_state()  # followers see it
         self._room.release(committed=False)
 
@@ -432,6 +469,7 @@ class Leader:
         Until then the entry's sound chunks are served. Its readers are cut where the damage begins.
         """
         deps, sound_bytes = self._deps, salvage.verified
+        self._fill.order, self._fill.pinned = record.order, record.pinned
         self._state.path = record.path or self._state.path
         self._fill.repairs = True
         download = self._ask_upstream(Begun(remote_of(record.head), sound_bytes, sound_bytes), None)
@@ -454,7 +492,11 @@ class Leader:
                 pinned=record.pinned,
                 stored_at=record.stored_at,
             )
-            await self._room.on_disk(deps.store.demote, record, self._leftover.file, sound_bytes, self._state)
+            async with self._files:
+                self._require_claim()
+                await self._room.on_disk(
+                    deps.store.demote, record, self._leftover.file, sound_bytes, self._state
+                )
         except (BadDiskError, Unstorable, DiskError) as error:
             self._leave_upstream()  # it sends the rest only
             if isinstance(error, BadDiskError):
@@ -512,8 +554,7 @@ class Leader:
                     await self._yield_to_others()  # what has come is shown meanwhile
                 piece = await download.read()
                 more = bool(piece)
-                if download.source_validators is not self._state.told:
-                    await self._save_validators(download)
+                await self._save_source(download)
                 if more:
                     writer.take(piece)
                 if self._memory is None:
@@ -536,7 +577,11 @@ class Leader:
         if self._memory is None:
             self._move(Phase.STREAMING)
             state = self._noted_state(body.head)
-            await self._part.write_sure(lambda: self._deps.store.save_state(state))
+            async with self._files:
+                if self._fill.freed:
+                    await self._part.write_sure()
+                else:
+                    await self._part.write_sure(lambda: self._deps.store.save_state(state))
         self._attach(body)
         body.publish(self._part.written)
 
@@ -553,10 +598,16 @@ class Leader:
                 event = {"type": "begun", "key": self._key.text, "kind": str(fill.route.kind)}
                 self._deps.tell({**event, "path": self._state.path})
 
-    async def _save_validators(self, download: Download) -> None:
-        """Another upstream, or one with other validators, continues: save that in the state first."""
-        self._state.told = download.source_validators
-        if self._state.phase is Phase.STREAMING:
+    async def _save_source(self, download: Download) -> None:
+        """Another upstream, or one with other validators, continues: save that in the state first.
+
+        Also whether the body arrives over the WAN: by that, other processes answer the cluster's members.
+        """
+        told, state = download.source_validators, self._state
+        if told is state.told and download.is_on_wan == state.from_wan:
+            return
+        state.told = told
+        if self._state.phase is Phase.STREAMING and self._memory is None:
             with contextlib.suppress(OSError):  # the next write will fail too, and report it
                 await self._save_state()
 
@@ -596,7 +647,7 @@ class Leader:
         head = body.head
         if head.length is None:
             remote = replace(remote, length=writer.received)
-            head = head_of(self._key, remote, changed=self._bytes_changed)
+            head = self._head_of(remote)
             writer.length = writer.received
             if self._fill.body is not body:
                 body.head = head
@@ -625,7 +676,12 @@ class Leader:
             )
             return record, _commit(deps.store, record, new=new, clear=clear)
 
-        record, replaced = await writer.write_all(commit, short=new and not clear)
+        async with self._files:
+            if not self._fill.is_purged(deps.purges):
+                record, replaced = await writer.write_all(commit, short=new and not clear)
+            else:
+                await self._end_purged(body)
+                return
         self._fill.record, self._fill.file = record, writer.file
         if not body.ended:
             self._show_end(body)
@@ -641,6 +697,26 @@ class Leader:
         deps.tell(committed(record, replaced=replaced, path=path, resumes=resumes, seconds=round(seconds, 3)))
         self._log_end("stored", bytes=record.length, upstream=head.upstream)
         self._fill.finish(FillEnd.COMMITTED)
+
+    async def _end_purged(self, body: GrowingBody) -> None:
+        """Its readers get it to the end; nobody else does. The caller holds `_files`."""
+        await self._part.write_all(lambda _sums: None)
+        if not body.ended:
+            self._show_end(body)
+        await self._in_thread(self._drop_files)
+        self._room.release(committed=False)
+        self._deps.counters.add("gup_fills_total", outcome="unstorable")
+        self._log_end("purged", bytes=self._part.received)
+        self._fill.finish(FillEnd.UNSTORABLE)
+
+    def _drop_files(self) -> None:
+        """Remove what this fill has made, and with the claim all that others left. Blocks."""
+        store, id_ = self._deps.store, self._key.id
+        if self._fill.freed:
+            store.drop_part(id_, self._state.generation)
+        else:
+            store.drop_parts(id_)
+            store.drop_state(id_)
 
     def _show_end(self, body: GrowingBody) -> None:
         self._attach(body)
@@ -674,6 +750,7 @@ class Leader:
         large, or finds no room in memory, are cut: each client is passed through. `reported`: see `Leftover`.
         """
         why, fill = refusal(refused), self._fill
+        self._require_claim()
         disk = isinstance(refused, DiskError) or refused.disk
         passed_through = isinstance(refused, Unstorable) and refused.too_large
         self._state.phase = Phase.UNSTORABLE
@@ -707,7 +784,7 @@ class Leader:
         """Continue in a memory file with what has arrived, after comparing it with its sums. MemoryFull."""
         deps, body = self._deps, self._body
         if body is None:
-            head = head_of(self._key, self._source_head, changed=self._bytes_changed)
+            head = self._head_of(self._source_head)
             body = self._begin_generation(head)
         writer = self._part
         length = writer.received if self._whole else body.head.length
@@ -738,6 +815,8 @@ class Leader:
                 remote = await self._receive(body)
         except DiskError as error:
             raise Problem("overloaded", f"no memory for it: {error.strerror}") from error
+        if self._fill.is_purged(deps.purges):
+            return
         expires = None
         if not self._fill.route.immutable:
             fresh_until = validated_at(deps, remote, immutable=False) + deps.settings.cache.index_ttl
@@ -754,7 +833,9 @@ class Leader:
             return
         failure = Failure.of(Problem("overloaded", why), deps.settings.cache.error_ttl, deps.clock())
         state = replace(self._current_state(), head=None, failure=failure, passed_through=passed_through)
-        await self._in_thread(give_up, deps.store, state)
+        async with self._files:
+            if not self._fill.freed:
+                await self._in_thread(give_up, deps.store, state)
         if not reported:
             self._log_end("unstorable", detail=why)
             deps.tell({"type": "unstorable", "key": self._key.text, "detail": why, "disk": disk})
@@ -794,9 +875,10 @@ class Leader:
         """
         deps, fill = self._deps, self._fill
         if problem.slug in _EXPECTED:
-            ttl_seconds = deps.settings.cache.negative_ttl
+            stands = problem.stands_seconds
+            ttl_seconds = deps.settings.cache.negative_ttl if stands is None else stands
         drop = drop or problem.slug in ("upstream-bad-body", "upstream-unsure-end")
-        if not is_shared(problem, fill.passed, asks_gups=fill.asks_gups):
+        if fill.aside or not is_shared(problem, fill.passed, asks_gups=fill.asks_gups):
             ttl_seconds = 0.0
         deps.failures.put(self._key, fill.route.upstream_path, problem, ttl_seconds)
         if self._has_state or self._holds.rows or (self._writer is not None and self._writer.exists):
@@ -804,7 +886,9 @@ class Leader:
             state = replace(self._current_state(), phase=Phase.FAILED, failure=failure)
             state = replace(state, head=None) if drop else state
             try:
-                await self._in_thread(save_failure, deps.store, state, drop)
+                async with self._files:
+                    if not fill.freed:
+                        await self._in_thread(save_failure, deps.store, state, drop)
             except DiskError as error:
                 log.warning("could not store the failure of %s: %s", self._key.text, error)
         self._room.release(committed=False)
@@ -830,6 +914,39 @@ class Leader:
         if waits and all(waits):
             return min(waits)
         return 0.0 if failure.outcome == "unreachable" else self._deps.settings.cache.error_ttl
+
+    # --- a purge that names the body
+
+    async def _step_aside(self) -> None:
+        """Free the key's claim, so that the next fill can begin; this one goes on for those that read it.
+
+        1. The files are removed: readers have them open. 2. A lock tells followers that this one goes on. 3.
+        The claim is freed. What is in memory keeps it: its readers find the body by the key.
+        """
+        fill, deps = self._fill, self._deps
+        async with self._files:
+            if self._memory is not None or fill.over or fill.step_aside is None:
+                return
+            await self._in_thread(self._drop_files)
+            beside = aside_offset(self._key.id, self._state.generation)
+            self._aside_at = beside if deps.claims.try_claim(beside) else None
+            fill.freed = True
+            deps.claims.release(self._key.claim_offset)
+
+    def _end_aside(self) -> None:
+        if self._aside_at is not None:
+            self._deps.claims.release(self._aside_at)
+            self._aside_at = None
+        if self._fill.freed and self._writer is not None and self._writer.exists:
+            self._deps.executor.submit(self._drop_files)
+
+    def _require_claim(self) -> None:
+        """Problem when it was freed: then nothing can be begun anew."""
+        if self._fill.freed:
+            raise Problem("overloaded", "it was purged while it was fetched", retry_after_seconds=1.0)
+
+    def _head_of(self, remote: RemoteHead) -> Head:
+        return head_of(self._key, remote, self._fill.order or 0, changed=self._bytes_changed)
 
     # --- bookkeeping
 
@@ -862,6 +979,7 @@ class Leader:
             background=self._fill.background,
             holds=self._holds.rows,
             service_start=self._deps.store.service_start,
+            from_wan=self._fill.from_wan(),
         )
 
     def _noted_state(self, head: Head | None = None) -> FillState:
@@ -871,7 +989,9 @@ class Leader:
         return self._state
 
     async def _save_state(self) -> None:
-        await self._room.on_disk(self._deps.store.save_state, self._noted_state())
+        async with self._files:
+            if not self._fill.freed:
+                await self._room.on_disk(self._deps.store.save_state, self._noted_state())
 
     async def _in_thread(self, work: Callable[..., _Result], *arguments: object) -> _Result:
         return await on_disk(self._deps.executor, work, *arguments)

@@ -22,6 +22,11 @@ def waiters_offset(id_: str) -> int:
     return int(id_[16:], 16) >> 2 | _BESIDE
 
 
+def aside_offset(id_: str, generation: int) -> int:
+    """The lock that a leader holds whose body was purged, as long as it goes on for those that read it."""
+    return (int(id_[16:], 16) ^ generation * 0x9E3779B97F4A7C15) & (1 << 62) - 1 | _BESIDE
+
+
 class Claims:
     """The claims that this process holds (gup.files.lock_range).
 

@@ -39,6 +39,7 @@ class Entry:
         on_damage: Callable[["Entry"], None],
         *,
         trusting: bool = False,
+        is_purged: Callable[[Record], bool] = lambda _record: False,
     ) -> None:
         self.record = record
         self.head = record.head
@@ -54,6 +55,12 @@ class Entry:
         self._waiting: dict[Callback, int] = {}
         self._executor = executor
         self._on_damage = on_damage
+        self._is_purged = is_purged
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether it is for those alone that read it already."""
+        return os.fstat(self.fd).st_nlink == 0 or self._is_purged(self.record)
 
     @property
     def damaged(self) -> bool:
@@ -177,6 +184,9 @@ class Entries:
             self.close_removed()
         return self._rows.get(key)
 
+    def is_purged(self, record: Record) -> bool:
+        return self._deps.purges.name_head(record.key, record.kind, record, pinned=record.pinned)
+
     async def get(self, key: ContentKey) -> Entry | None:
         """The entry, opened if need be; None when its record or body is missing or not as recorded."""
         entry = self.known(key)
@@ -192,9 +202,8 @@ class Entries:
         record, file = await on_disk(
             self._deps.executor, lambda: (store.load_or_none(key), store.open_whatever(key))
         )
-        if record is None or file is None:
+        if record is None or file is None or (entry := self.put(record, file, trusting=False)) is None:
             return None
-        entry = self.put(record, file, trusting=False)
         entry.counted = True
         entry.doubt()
         return entry
@@ -203,15 +212,20 @@ class Entries:
         """Record and body from the disk, and whether they are trusted; blocks."""
         record = self._deps.store.load_or_none(key)
         file = self._deps.store.open_body(record) if record is not None else None
-        if record is None or file is None:
+        if record is None or file is None or self.is_purged(record):
             return None
         return record, file, self._mode == "scrub" and read_mark(self._deps.store.run).covers(record)
 
-    def put(self, record: Record, file: OpenFile, trusting: bool) -> Entry:
-        """The entry as found on disk; one that is open already takes over its record."""
+    def put(self, record: Record, file: OpenFile, trusting: bool) -> Entry | None:
+        """The entry as found on disk; one that is open already takes over its record. None when it was purged
+        meanwhile.
+        """
+        if self.is_purged(record):
+            return None
         entry = self._rows.get(record.key)
         if entry is None or not self.adopt(entry, record):
-            entry = Entry(record, file, self._deps.executor, self.on_damage, trusting=trusting)
+            executor, purged = self._deps.executor, self.is_purged
+            entry = Entry(record, file, executor, self.on_damage, trusting=trusting, is_purged=purged)
             self._rows[record.key] = entry
         self.used(entry)
         return entry
@@ -238,7 +252,7 @@ class Entries:
 
     def close_removed(self) -> None:
         """Call when the store's epoch was raised."""
-        for entry in [entry for entry in self._rows.values() if os.fstat(entry.fd).st_nlink == 0]:
+        for entry in [entry for entry in self._rows.values() if entry.is_removed]:
             del self._rows[entry.key]
 
     def changed(self) -> list[Entry]:

@@ -148,6 +148,8 @@ class Head:
     last_modified: _HeaderField | None
     upstream: _Upstream
     upstream_etag: _Tag | None
+    order: Count = field(default=0, kw_only=True)
+    """The highest number of a purge that was known when its fetch began (gup.cache.purges)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,11 +200,12 @@ class Record(Head):
             generation,
             sums,
             path,
+            order=head.order,
         )
 
     @property
     def head(self) -> Head:
-        return Head(*(getattr(self, name) for name in Head.__slots__))
+        return Head(**{name: getattr(self, name) for name in Head.__slots__})
 
     @property
     def asked_path(self) -> str:
@@ -295,8 +298,9 @@ class Failure:
         return 0 < self.until - monotonic_now <= self.ttl
 
     def problem(self, monotonic_now: float) -> Problem:
-        retry = None if PROBLEMS[self.slug].status in (404, 410) else max(self.until - monotonic_now, 1.0)
-        return Problem(self.slug, self.detail, retry_after_seconds=retry)
+        left = self.until - monotonic_now
+        retry = None if PROBLEMS[self.slug].status in (404, 410) else max(left, 1.0)
+        return Problem(self.slug, self.detail, retry_after_seconds=retry, stands_seconds=left)
 
 
 BodyIdentity = tuple[_Detail | None, _Detail | None, Count | None]
@@ -351,6 +355,8 @@ class FillState:
     """
     told: Mapping[str, Validators] = field(default_factory=dict)
     """The validators of each upstream that has sent a part of the body, for comparison at a resume."""
+    from_wan: Flag = False
+    """The body arrives over the WAN, not from a member of the cluster: others may join it."""
 
     def is_current(self, monotonic_now: float) -> bool:
         """Whether any upstream is still not to be asked."""
@@ -384,12 +390,15 @@ def route_of(kept: Record | FillState) -> Route:
     return Route(kept.kind, immutable, key.stream, key.revision, key.file, path, key.variant)
 
 
-def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> Head:
-    """The head of a body that `remote` announces.
+def head_of(key: ContentKey, remote: RemoteHead, order: int = 0, *, changed: bool = False) -> Head:
+    """The head of a body that `remote` announces, whose fetch began at the number `order`.
 
     Its strong ETag is made of key, length and the first response's validators; random if it has none, or
-    other bytes were known under them (`changed`).
+    other bytes were known under them (`changed`). A member's head is kept as it is.
     """
+    if (given := remote.given) is not None:
+        validators = given.last_modified, given.upstream, given.upstream_etag
+        return Head(remote.length, given.etag, remote.content_type, *validators, order=given.order)
 
     def kept(text: str | None, pattern: str) -> str | None:
         return text if text is not None and len(text) <= _MAX_FIELD and re.fullmatch(pattern, text) else None
@@ -406,6 +415,7 @@ def head_of(key: ContentKey, remote: RemoteHead, *, changed: bool = False) -> He
         last_modified=kept(remote.last_modified, _FIELD),
         upstream=remote.upstream,
         upstream_etag=kept(remote.etag, _TAG),
+        order=order,
     )
 
 

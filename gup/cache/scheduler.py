@@ -46,6 +46,11 @@ class Class(IntEnum):
     """It takes no slot."""
 
 
+def share_class(class_: int) -> int:
+    """For shares of a site's WAN rate: 0 deltas and index files, 1 fulls and unknown names, 2 background."""
+    return min(class_ // 2, 2)
+
+
 _CLASSES = {Kind.DELTA: Class.DELTA, Kind.FULL: Class.FULL, Kind.OTHER: Class.FULL}
 
 
@@ -233,7 +238,7 @@ class FillQueue:
         expected = self.expected_seconds(class_, client) or patience
         spread = random.uniform(0.5, 1.0)  # noqa: S311 - no secret
         return Problem(
-            "overloaded",
+            "queue-full",
             "the fill queue is full; try again later",
             retry_after_seconds=min(max(1.0, min(expected, patience) * spread), _LONGEST_RETRY_SECONDS),
         )

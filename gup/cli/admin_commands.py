@@ -80,6 +80,8 @@ def status_lines(status: Row) -> Iterator[str]:
     yield f"cache: {cache['entries']} entries, {size} of {limit}, {free} free on disk"
     rate = status["wan_rate_bytes_per_second"]
     yield f"WAN: {format_rate(rate) if rate else 'unlimited'}"
+    if (cluster := status["cluster"]) is not None:
+        yield printable(cluster_line(cluster))
     recent, clients = status["totals"]["since_start"], status["clients"]
     by_result = ", ".join(f"{count} {result}" for result, count in recent["requests"].items() if count)
     yield f"requests since start: {recent['requests_total']}" + (f" ({by_result})" if by_result else "")
@@ -97,6 +99,22 @@ def status_lines(status: Row) -> Iterator[str]:
     for alarm in status["alarms"]:
         words = f"{alarm['severity'].upper()} {alarm['name']}: {alarm['text']}. {alarm['what_to_do']}"
         yield printable(words)
+
+
+def cluster_line(cluster: Row) -> str:
+    """`cluster lyon: gup-1 with gup-2, gup-3 (not asked); ...`"""
+    others = [
+        member["name"] + ("" if member["askable"] else " (not asked)")
+        for member in cluster["members"]
+        if member["name"] != cluster["node"]
+    ]
+    (share,) = (row["share_bytes_per_second"] for row in cluster["members"] if row["name"] == cluster["node"])
+    words = f"cluster {cluster['site']}: {cluster['node']} with {', '.join(others) or 'no other member'}"
+    if (rate := cluster["wan_rate_bytes_per_second"]) is not None:
+        part = f"{format_rate(share)} of it" if share is not None else "no share of it granted"
+        words += f"; the site's WAN rate is {format_rate(rate)}, {part} here"
+    error = cluster["engine_error"]
+    return words + (f"; the engine does NOT answer ({error})" if error else "")
 
 
 def _state(upstream: Row) -> str:

@@ -168,8 +168,9 @@ def purge(
 ) -> None:
     """Remove entries by key or by filter; clients that are receiving one still get it whole.
 
-    Entries named by key are removed even if pinned. Filters leave pinned entries, and those that are being
-    fetched or checked: status 1 if there were such.
+    What is being fetched is not stored, and clients that ask afterwards get what is fetched afterwards.
+    Entries named by key are removed even if pinned. Filters leave pinned entries; --older-than and
+    --unused-for those that are being fetched or checked, too: status 1 if there were such.
     """
     if bool(keys) == bool(filters) or (keys and (dry_run or pinned)):
         typer.echo(

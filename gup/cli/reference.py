@@ -47,6 +47,14 @@ _EXAMPLES: dict[str, Any] = {
     "admin_read_token_file": "/etc/gup/read-token",
     "admin_cert_file": "/etc/gup/admin-cert.pem",
     "admin_key_file": "/etc/gup/admin-key.pem",
+    "[cluster].url": "redis://valkey:6379",
+    "[cluster].ca_file": "/etc/gup/valkey-ca.pem",
+    "password_file": "/etc/gup/valkey-password",
+    "secret_file": "/etc/gup/cluster-secret",
+    "sentinel_name": "gup",
+    "site": "lyon",
+    "node": "gup-1",
+    "address": "http://10.0.0.5:2969",
 }
 """Values that the reference shows for keys without a default."""
 
@@ -170,7 +178,8 @@ def reference_toml() -> str:
         lines += [*([""] if "." in head else ["", ""]), f"# {table.__doc__}", f"#{head}" if several else head]
         for row in rows(table):
             absent = row.default is None
-            value = _EXAMPLES[row.key] if absent and row.key in _EXAMPLES else row.default
+            example = _EXAMPLES.get(f"{head}.{row.key}", _EXAMPLES.get(row.key))
+            value = example if absent and example is not None else row.default
             hidden = "#" if several or absent else ""
             meaning = wrap(f"{row.field.description} ({row.type})", _WIDTH)
             lines += ["", *(f"# {line}" for line in meaning)]

@@ -6,19 +6,21 @@
 import os
 import ssl
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gup import log
 from gup.cache.catalog_cache import FILE, read_kept
 from gup.cache.store import Store
-from gup.config import Alarms, Settings, Upstream, read
+from gup.cluster.signing import read_password, read_secrets
+from gup.config import Alarms, Cluster, Settings, Upstream, read
 from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES, Listed, parse_catalog
 from gup.content.rules import Rulebook
 from gup.control.auth import require_access
-from gup.control.webhook import Webhook
+from gup.control.receivers import Webhook
 from gup.errors import GupError, SettingsError
 from gup.files import FileError, read_file, trust
 
@@ -53,6 +55,8 @@ def _unusable(settings: Settings) -> list[str]:
         ("rules", lambda: Rulebook(settings)),
         ("alarms", lambda: _require_receivers(settings.alarms)),
     ]
+    if settings.cluster.url is not None:
+        checks += _of_cluster(settings.cluster)
     for setting, check in checks:
         try:
             check()
@@ -62,6 +66,20 @@ def _unusable(settings: Settings) -> list[str]:
         except SettingsError as error:
             problems += error.problems
     return problems
+
+
+def _of_cluster(cluster: Cluster) -> Iterator[tuple[str, Callable[[], object]]]:
+    yield "cluster", _require_redis
+    yield "cluster.secret_file", partial(read_secrets, cluster.secret_file)
+    if cluster.ca_file is not None:
+        yield "cluster.ca_file", partial(trust, cluster.ca_file)
+    if cluster.password_file is not None:
+        yield "cluster.password_file", partial(read_password, cluster.password_file)
+
+
+def _require_redis() -> None:
+    if find_spec("redis") is None:
+        raise FileError("the package redis is missing: pip install 'gup[cluster]'")
 
 
 def _require_catalogue(file: Path | None) -> None:

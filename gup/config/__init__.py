@@ -8,6 +8,7 @@ from gup.config.settings import PRIVATE_NETWORKS as PRIVATE_NETWORKS
 from gup.config.settings import Alarms as Alarms
 from gup.config.settings import Cache as Cache
 from gup.config.settings import Clients as Clients
+from gup.config.settings import Cluster as Cluster
 from gup.config.settings import Listen as Listen
 from gup.config.settings import Log as Log
 from gup.config.settings import Rules as Rules

@@ -8,7 +8,7 @@ import ipaddress
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -68,9 +68,9 @@ def _printable(form: str, right: str) -> AfterValidator:
     return _good(lambda text: text.isprintable() and pattern.fullmatch(text), right)
 
 
-def _url(form: str, right: str) -> AfterValidator:
-    """An http or https URL of this form, without a "/" at its end."""
-    pattern = re.compile("https?://" + form)
+def _url(form: str, right: str, schemes: str = "https?") -> AfterValidator:
+    """A URL of this form, without a "/" at its end."""
+    pattern = re.compile(f"{schemes}://{form}")
 
     def is_good(text: str) -> bool:
         try:
@@ -86,6 +86,21 @@ def _address(value: str) -> str:
         return str(ipaddress.ip_address("127.0.0.1" if value == "localhost" else value.strip("[]")))
     except ValueError as error:
         raise ValueError("must be an IP address, such as 0.0.0.0, 127.0.0.1 or ::") from error
+
+
+def _endpoint(value: str) -> str:
+    host, _, port = value.rpartition(":")
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
+    except ValueError:
+        port = ""
+    if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise ValueError("must be an IP address and a port, such as 0.0.0.0:2969 or [::]:2969")
+    return f"[{address}]:{int(port)}" if address.version == 6 else f"{address}:{int(port)}"
+
+
+def _is_sentinel(value: str) -> bool:
+    return bool(re.fullmatch(_HOST, value)) and bool(urlsplit(f"//{value}").port)
 
 
 def _network(value: str) -> str:
@@ -166,6 +181,18 @@ HookUrl = Annotated[str, _url(_HOST + r"(?:/[!-\"$-~]*)?", _HOOK_IS)]
 SigningKeys = Annotated[str, _good(signing_keys, KEY_IS)]
 _PROGRAM_IS = "must begin with the absolute path of a program"
 Headers = Annotated[dict[str, str], AfterValidator(_headers)]
+NodeName = Annotated[
+    str, _printable(r"[A-Za-z0-9._-]{1,64}", "must be 1 to 64 letters, digits, dots, dashes or underscores")
+]
+_ENGINE_IS = "must be redis://host:port or rediss://host:port, perhaps with user@ before and /number after it"
+EngineUrl = Annotated[str, _url(rf"(?:[^\s/@:]+@)?{_HOST}(?:/[0-9]{{0,4}})?", _ENGINE_IS, schemes="rediss?")]
+_MEMBER_IS = 'must be http://host:port, such as "http://10.0.0.5:2969"'
+MemberUrl = Annotated[
+    str, _url(rf"{_HOST}/?", _MEMBER_IS, schemes="http"), AfterValidator(lambda url: url.rstrip("/"))
+]
+Endpoint = Annotated[str, AfterValidator(_endpoint)]
+_SENTINEL_IS = "must be host:port"
+Sentinels = Annotated[list[Annotated[str, _good(_is_sentinel, _SENTINEL_IS)]], BeforeValidator(_split)]
 Words = Annotated[list[str], BeforeValidator(_split)]
 CommandLine = Annotated[Words, _good(lambda words: not words or words[0].startswith("/"), _PROGRAM_IS)]
 
@@ -505,6 +532,42 @@ class Site(Section):
     time_zone: TimeZone = row("", 'IANA time zone of its hours, such as "Europe/Paris"; "" is the host\'s.')
 
 
+class Cluster(Section):
+    """Several gups as one cache; docs/cluster.md shows how. Without `url` this one is alone."""
+
+    url: EngineUrl | None = row(
+        None,
+        "Valkey or Redis, through which the members know each other; rediss:// is with TLS. With sentinels "
+        "its host and port do not count.",
+    )
+    password_file: Absolute | None = row(
+        None, "File with the engine's password; only the controller reads it."
+    )
+    ca_file: Absolute | None = row(None, "Certificates (PEM) to trust at rediss:// in place of the system's.")
+    sentinels: Sentinels = row([], "Sentinels that know where the engine's primary is, as host:port.")
+    sentinel_name: Label | None = row(None, "What the sentinels call the primary.")
+    site: NodeName | None = row(None, "The site: gups of one site, at one engine, are one cache.")
+    node: NodeName = Field(
+        default_factory=_host_name,
+        description="This gup's name among the members, no two alike; default: the host's.",
+    )
+    address: MemberUrl | None = row(None, "How the other members reach this one: http://host:port.")
+    listen: Endpoint = row("0.0.0.0:2969", "Address and port where members are answered.")
+    secret_file: Absolute | None = row(
+        None,
+        "File with the secret that all members share. Two may stand in it, one a line, while one is changed: "
+        "the first signs, both are accepted.",
+    )
+    member_timeout: Annotated[Duration, _good(lambda seconds: seconds >= 2.0, 'must be at least "2s"')] = row(
+        5.0, "A member that is silent for this time is taken off the list."
+    )
+
+    @property
+    def listen_address(self) -> tuple[str, int]:
+        host, _, port = self.listen.rpartition(":")
+        return host.strip("[]"), int(port)
+
+
 def _one_upstream(value: object) -> object:
     """URLs with commas, as in the environment, or a single table stand for a list of tables."""
     if isinstance(value, str) and value.lstrip()[:1] not in ("[", "{"):
@@ -529,6 +592,7 @@ class Settings(Section):
     alarms: Alarms = Field(default_factory=Alarms)
     workers: Workers = Field(default_factory=Workers)
     site: Site = Field(default_factory=Site)
+    cluster: Cluster = Field(default_factory=Cluster)
 
     @property
     def worker_count(self) -> int:
@@ -553,6 +617,7 @@ class Settings(Section):
         if (listen.admin_cert_file is None) != (listen.admin_key_file is None):
             missing = "admin_cert_file" if listen.admin_cert_file is None else "admin_key_file"
             problems.append(f"listen.{missing}: missing; certificate and key go together")
+        problems += _lacking_for_cluster(self.cluster, {listen.port, listen.admin_port})
         alarms = self.alarms
         secrets = [alarms.webhook_secret, alarms.webhook_secret_file]
         if alarms.webhook is not None and secrets == [None, None]:
@@ -560,3 +625,26 @@ class Settings(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+
+def _lacking_for_cluster(cluster: Cluster, ports: set[int]) -> Iterator[str]:
+    """What does not fit together in `[cluster]`; `ports` are those that are taken."""
+    if cluster.url is None:
+        given = ("address", "password_file", "secret_file", "sentinel_name", "site")
+        for key in [key for key in given if getattr(cluster, key) is not None]:
+            yield f"cluster.{key}: it needs cluster.url, the engine's, such as redis://valkey:6379"
+        return
+    needed = {
+        "site": "the site's name, the same at all members",
+        "address": "how the other members reach this one, such as http://10.0.0.5:2969",
+        "secret_file": "a file with the secret that all members share, such as made by openssl rand -hex 32",
+    }
+    for key, right in needed.items():
+        if getattr(cluster, key) is None:
+            yield f"cluster.{key}: missing; with cluster.url it must be {right}"
+    if bool(cluster.sentinels) != (cluster.sentinel_name is not None):
+        missing = "sentinel_name" if cluster.sentinels else "sentinels"
+        yield f"cluster.{missing}: missing; sentinels and sentinel_name go together"
+    port = cluster.listen_address[1]
+    if port and port in ports:
+        yield f"cluster.listen: port {port} is in [listen] too; they must differ"

@@ -109,6 +109,13 @@ class Catalogues:
     def somewhere(self, moniker: str) -> Listed | None:
         return next((rows[moniker] for rows in self._rows.values() if moniker in rows), None)
 
+    def streams(self) -> set[Stream]:
+        """What the content of the listed streams may be stored as."""
+        variants = {(variant.version, variant.language) for variant in self._variants.values()} | {(ANY, ANY)}
+        return {
+            (*variant, moniker) for variant in variants for rows in self._rows.values() for moniker in rows
+        }
+
     def for_all_languages(self, moniker: str) -> bool:
         """Whether a stream is the same for all languages: a catalogue says so and none says otherwise."""
         found = [rows[moniker] for rows in self._rows.values() if moniker in rows]

@@ -55,6 +55,17 @@ def delta_step(file: str) -> DeltaStep | None:
     return DeltaStep(found[1], found[2]) if found else None
 
 
+def content_revision(kind: Kind, revision: str, file: str) -> str | None:
+    """The revision that a body brings a client to; None when the names do not state it.
+
+    A delta's folder is its old revision in one source and the newest in another (FIELD.md), so its file name
+    decides. Only nine-digit names can be compared.
+    """
+    step = delta_step(file) if kind is Kind.DELTA else None
+    found = step.to_revision if step else revision
+    return found if _COMPARABLE.fullmatch(found) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Variant:
     """Version and language that a body belongs to; two variants never share bytes."""

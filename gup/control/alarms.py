@@ -74,6 +74,18 @@ ALARMS = (
     AlarmType("unsure-end", "warning", 0.0, 60.0, (
               "Make that server, or the web proxy before it, send Content-Length or chunks (HTTP/1.1): "
               "without them a truncated body looks complete, so the body is not stored.")),
+    AlarmType("name-taken", "warning", 0.0, 15.0,
+              "Give each gup of the cluster its own cluster.node."),
+    AlarmType("engine-away", "warning", 0.0, 15.0, (
+              "Check Valkey or Redis and the network to it. Until then nodes fetch with equal parts of "
+              "wan.rate, and the list of members holds.")),
+    AlarmType("member-unreachable", "warning", 5.0, 15.0,
+              "Check the network between both, firewalls, and that member's cluster.address."),
+    AlarmType("member-unlike", "warning", 60.0, 15.0,
+              "Give all members the same upstreams, and one version of gup."),
+    AlarmType("row-forged", "warning", 0.0, 60.0, (
+              "Check that all members have the same secret in cluster.secret_file, and who can write to the "
+              "engine.")),
     AlarmType("wan-full", "warning", 60.0, 30.0,
               "Raise wan.rate if the link can carry more; see `gup status`."),
     AlarmType("clients-silent", "warning", 0.0, 15.0, (
@@ -186,6 +198,8 @@ class AlarmCollector:
         yield from self._of_store(disk)
         yield from self._of_content()
         yield from self._of_service()
+        if (cluster := self._dependencies.cluster) is not None:
+            yield from cluster.findings()
 
     def gained(self, what: str, counts: int | None = None, seconds: float = WINDOW_SECONDS) -> int:
         """The increase of a metric over all its series, or of another counter, within the window."""

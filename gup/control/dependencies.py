@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from gup.cache.locks import Claims
+from gup.cache.purges import Purges
 from gup.cache.store import Store
 from gup.config import Settings
 from gup.content.catalog import Catalogues, Label, Stream
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
+from gup.control.cluster import ClusterControl
 from gup.errors import GupError, Problem
 from gup.metrics import Counters
 
@@ -50,6 +52,9 @@ class ControlDependencies:
     """
     raise_store_epoch: Callable[[], None]
     """Called after bodies were unlinked."""
+    purges: Purges
+    share_purge: Callable[[int], None]
+    """Called with the number of a purge that was noted on disk."""
     set_store_bytes: Callable[[int], None]
     """Called with the bytes of bodies and unclaimed parts."""
     promised_bytes: Callable[[], int]
@@ -57,6 +62,8 @@ class ControlDependencies:
     upstream_states: Callable[[], Mapping[str, tuple[str, int | None]]]
     """Each upstream's state ("down", "doubtful", …), and since when; None: since the start."""
     wan_rate: Callable[[], int]
+    """Of this gup's fills: in a cluster a part of the site's."""
+    site_rate: Callable[[], int]
     workers: Callable[[], Sequence[Mapping[str, object]]]
     """`slot`, `pid`, `up_since`, `ready` and `leaving` of each."""
     config_ok: Callable[[], bool]
@@ -87,6 +94,8 @@ class ControlDependencies:
     """Each upstream's catalogue: `source`, `streams`, `read_at`, `problem`."""
     catalogue_rows: Callable[[], Catalogues]
     """The present rows of the upstreams' catalogues."""
+    cluster: ClusterControl | None = None
+    """None: this gup is alone."""
     unlisted: Callable[[str], None]
     """Called with a moniker that a client asked for and no catalogue lists."""
 

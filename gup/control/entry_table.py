@@ -6,7 +6,6 @@ put into the database together, before it is asked for more than a single row.
 """
 
 import asyncio
-import re
 import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
@@ -18,10 +17,8 @@ from pydantic import AfterValidator, TypeAdapter
 from sortedcontainers import SortedDict
 
 from gup.cache.store import Stored
-from gup.content.key import ContentKey, Kind, delta_step
+from gup.content.key import ContentKey, Kind, content_revision
 from gup.jsonmodel import Count, Time
-
-_REVISION = re.compile(r"[0-9]{9}")
 
 Stream = tuple[str, str, str]
 """Version, language and moniker: revisions are compared within a stream."""
@@ -29,17 +26,6 @@ Stream = tuple[str, str, str]
 
 def stream_of(key: ContentKey) -> Stream:
     return (key.version, key.language, key.stream)
-
-
-def content_revision(kind: Kind, revision: str, file: str) -> str | None:
-    """The revision that a body brings a client to; None when the names do not state it.
-
-    A delta's folder is its old revision in one source and the newest in another (FIELD.md), so its file name
-    decides. Only nine-digit names can be compared.
-    """
-    step = delta_step(file) if kind is Kind.DELTA else None
-    found = step.to_revision if step else revision
-    return found if _REVISION.fullmatch(found) else None
 
 
 def _is_key(text: str) -> str:

@@ -6,15 +6,31 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Literal
 
 import aiofiles.os
 
+from gup.cache.purges import (
+    FILE,
+    KEPT_SECONDS,
+    Purge,
+    Selection,
+    add_purge,
+    keep_purges,
+    read_purges,
+)
 from gup.cache.store import Part, Store
 from gup.config import Cache
 from gup.content.key import ContentKey
-from gup.control.dependencies import BusyError, ControlDependencies, change, to_its_end
+from gup.control.dependencies import (
+    PATIENCE_SECONDS,
+    BusyError,
+    ControlDependencies,
+    change,
+    to_its_end,
+)
 from gup.control.entry_table import EntryTable, Row
 from gup.control.index import Index
 from gup.errors import GupError
@@ -119,6 +135,8 @@ _MOST_PLANNED = 1000
 _REST_SECONDS = 0.5
 """Pause after a run, unless the store is too large or a worker asks for room."""
 _RECENT_SECONDS = 86400.0
+_COMMITS_SECONDS = 60.0
+"""A commit that had begun at a purge is known by then."""
 
 
 class Evictor:
@@ -147,6 +165,11 @@ class Evictor:
         self._refused_bytes = 0
         self._stopped = False
         self._disk = DiskUsage((), 0, 0)  # as last measured
+        self._noting = asyncio.Lock()
+        self._purged_at = 0.0
+        """Unix seconds of the last purge."""
+        self._left: set[ContentKey] = set()
+        """Purged, but their claim was taken."""
         self.recent_evicted = 0
         """Entries evicted for space since the start that had been used within a day."""
 
@@ -253,35 +276,139 @@ class Evictor:
                 _log.warning("can't evict %s: %s", eviction.key, error)
         return done
 
+    # --- purges
+
     async def purge(self, key: ContentKey) -> int:
         """Remove an entry, pinned or not, and its parts for an operator; the bytes freed. Open readers
         continue.
 
-        Waits a little for a fill in progress, then BusyError.
+        From now on nothing is served of this key that was fetched before. Waits a little for a fill in
+        progress to free the claim; after that the files are removed as soon as it is free.
         """
-        freed = await self._purge(key)
+        noted = await self._note(Selection(key=key.text), [key])
+        freed = noted + await self._remove_purged(key, PATIENCE_SECONDS)
         await self._purged()
         return freed
 
-    async def purge_all(self, keys: Sequence[ContentKey]) -> tuple[int, int]:
-        """How many were purged, and the bytes freed. Entries with a claim are left."""
-        purged, freed = 0, 0
+    async def purge_all(self, keys: Sequence[ContentKey], selection: Selection | None) -> tuple[int, int]:
+        """How many were purged, and the bytes freed.
+
+        With `selection` nothing that it selects is served any more that was fetched before; files whose claim
+        is taken go later. Without, it depended on times: only what is stored is removed, and what is claimed
+        is left.
+        """
+        freed = 0
+        if selection is not None:
+            freed += await self._note(selection, keys)
+        busy = 0
         try:
-            for key in keys:
-                with contextlib.suppress(BusyError):
-                    freed += await self._purge(key, 0.0)
-                    purged += 1
-                    if purged % _BATCH == 0:
-                        self._dependencies.raise_store_epoch()
+            for number, key in enumerate(keys, 1):
+                if selection is not None:
+                    freed += await self._remove_purged(key, 0.0)
+                else:
+                    try:
+                        freed += await change(self._claims, key, partial(self._store.purge, key), 0.0)
+                        self._forget(key)
+                    except BusyError:
+                        busy += 1
+                if number % _BATCH == 0:
+                    self._dependencies.raise_store_epoch()
+            if selection is not None:
+                freed += await self._remove_parts()
         finally:
             await self._purged()
-        return purged, freed
+        return len(keys) - busy, freed
 
-    async def _purge(self, key: ContentKey, *patience_seconds: float) -> int:
-        freed = await change(self._claims, key, lambda: self._store.purge(key), *patience_seconds)
+    async def _note(self, selection: Selection, keys: Sequence[ContentKey]) -> int:
+        """Note a purge on disk, then in all processes. On a full disk what it selects makes room first: the
+        bytes freed by that.
+        """
+        freed = 0
+        async with self._noting:
+            wall = time.time()
+            number = max(self._dependencies.purges.now + 1, int(wall * 1000))
+            self._purged_at = wall
+            purge = Purge(number, wall, selection)
+            try:
+                await to_its_end(add_purge, self._store.run, purge)
+            except OSError:
+                for key in keys:
+                    with contextlib.suppress(BusyError):
+                        freed += await change(self._claims, key, partial(self._store.purge, key), 0.0)
+                await to_its_end(add_purge, self._store.run, purge)
+            self._dependencies.share_purge(number)
+        return freed
+
+    async def _remove_purged(self, key: ContentKey, patience_seconds: float) -> int:
+        """Remove what a purge names; the bytes freed. Tried again later when the claim is taken."""
+        try:
+            freed = await change(self._claims, key, lambda: self._remove_named(key), patience_seconds)
+        except BusyError:
+            self._left.add(key)
+            return 0
+        self._left.discard(key)
+        if freed is None:
+            return 0
+        self._forget(key)
+        return freed + self._dependencies.drop_memory(key)
+
+    def _remove_named(self, key: ContentKey) -> int | None:
+        """Bytes freed; None when the entry was fetched after the purge. Blocks; the claim is held."""
+        store, name_head = self._store, self._dependencies.purges.name_head
+        record, state = store.load_or_none(key), None
+        with contextlib.suppress(ValueError):
+            state = store.load_state(key.id)
+        if record is not None and not name_head(key, record.kind, record, pinned=record.pinned):
+            return None
+        if state is None or state.head is None:
+            return store.purge(key)
+        if name_head(key, state.kind, state.head, pinned=state.pinned):
+            return store.purge(key)
+        return store.remove(key)
+
+    async def _remove_parts(self) -> int:
+        """Remove the parts that a purge names; those of fills under way are removed by their leaders."""
+        freed = 0
+        for part in await asyncio.to_thread(self._store.parts):
+            state = part.state
+            if state is None or state.head is None:
+                continue
+            if self._dependencies.purges.name_head(state.key, state.kind, state.head, pinned=state.pinned):
+                freed += await self._remove_purged(state.key, 0.0)
+        return freed
+
+    async def remove_left(self) -> None:
+        """Remove what was purged while its claim was taken; to be called once a second."""
+        for key in list(self._left):
+            if await self._remove_purged(key, 0.0):
+                self._dependencies.raise_store_epoch()
+
+    def note_committed(self, key: ContentKey) -> None:
+        """A commit may have been under way when a purge named it."""
+        if abs(time.time() - self._purged_at) < _COMMITS_SECONDS:
+            self._left.add(key)
+
+    async def purge_again(self) -> None:
+        """At the start: remove what was purged before, if an earlier controller died before it could."""
+        run = self._store.run
+        purges = await asyncio.to_thread(read_purges, run / FILE)
+        kept = [purge for purge in purges if time.time() - purge.at < KEPT_SECONDS]
+        if len(kept) < len(purges):
+            await asyncio.to_thread(keep_purges, run, kept)
+        if not kept:
+            return
+        self._dependencies.share_purge(self._dependencies.purges.now)
+        latest = kept[-1].at + _COMMITS_SECONDS
+        async for rows in self._index.rows.every():
+            for row in rows:
+                key = ContentKey.parse(row.key)
+                if row.stored_at <= latest and self._dependencies.purges.name(key, row.kind, 0):
+                    self._left.add(key)
+        await self._remove_parts()
+
+    def _forget(self, key: ContentKey) -> None:
         self._index.discard(key.text)
         self._on_removed(key.text, "purged by an operator")
-        return freed + self._dependencies.drop_memory(key)
 
     async def _purged(self) -> None:
         self._dependencies.raise_store_epoch()

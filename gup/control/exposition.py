@@ -159,6 +159,7 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
     limits = {"upstream": dependencies.wan_rate(), "client": settings.clients.rate}
     rates = [({"direction": name}, limit) for name, limit in limits.items() if limit]
     labels, upstreams = state.slot_labels(), dependencies.upstream_states()
+    cluster = dependencies.cluster
     return {
         **stream_bytes(totals, labels),
         **newest_and_storms(newest, storms, labels),
@@ -174,5 +175,6 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
         "gup_config_last_reload_successful": [({}, dependencies.config_ok())],
         "gup_start_time_seconds": [({}, dependencies.started_at)],
         "gup_build_info": [({"version": gup.__version__, "python": platform.python_version()}, 1)],
+        "gup_cluster_members": [({}, len(cluster.membership.members()) + 1)] if cluster is not None else [],
         "gup_site_info": [({"site": settings.site.name}, 1)],
     }

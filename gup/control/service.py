@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from gup.cache.archive import ArchiveError
+from gup.cache.purges import reserve_room
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmCollector
@@ -306,6 +307,8 @@ class Control:
     async def _open(self) -> None:
         """Open the index, then begin what depends on it."""
         jobs, state = self._jobs, self.state
+        with contextlib.suppress(OSError):  # a purge says so
+            await asyncio.to_thread(reserve_room, self._dependencies.store.run)
         await state.index.open()
         state.scrubber.restore()
         state.prefetcher.restore()
@@ -316,6 +319,8 @@ class Control:
             jobs.every(_RESTART_SECONDS, f"prefetch {lane}", partial(state.prefetcher.run, lane))
         jobs.every(600.0, "reconcile", self._reconcile)
         jobs.every(1.0, "flush", self._flush)
+        jobs.start("purge", state.evictor.purge_again())
+        jobs.every(1.0, "purge", state.evictor.remove_left)
         jobs.every(60.0, "touch", self._touch)
         jobs.every(2.0, "reports", state.reports.write_clients)
         jobs.every(3600.0, "prune", state.reports.prune)

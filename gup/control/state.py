@@ -281,6 +281,7 @@ class ControlState:
         times = {"stored_at": now, "used_at": self._age_clock()}
         self.index.put(make_row(event.key, event.kind, event.length, **times, **more))
         self._has_grown = True
+        self.evictor.note_committed(event.key)
 
     def _used(self, event: Usage, now: float) -> None:
         """Uses of unknown keys are ignored: the event of their commit was lost."""

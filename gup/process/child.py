@@ -55,10 +55,12 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 class Assignment(BaseModel, frozen=True):
     """The first message to a child. The descriptors are open in the child under these numbers.
 
-    `listen_fds` are bound, listening and non-blocking. `page_fd` is for Page, with rows of `blocks` words,
-    `shared_fd` for SharedFile, `shares_fd` for FairShares. `event_fd` is a SOCK_SEQPACKET socket: the
-    workers' end or the controller's. By two others, `handed_fds`, leaving workers hand idle connections to
-    those that take their place: the end to receive from, and the end to send to. `lock_fd` holds
+    `listen_fds` are bound, listening and non-blocking; so are `peer_fds`, for members of the cluster.
+    `page_fd` is for Page, with rows of `blocks` words, `shared_fd` for SharedFile, `shares_fd` for
+    FairShares.
+    `event_fd` is a SOCK_SEQPACKET socket: the workers' end or the controller's. By two others, `handed_fds`,
+    leaving workers hand idle connections to those that take their place: the end to receive from, and the end
+    to send to. `lock_fd` holds
     run/children.lock while it is open. `generation` is 1 for the first process in the place, and one more for
     each successor.
     """
@@ -69,6 +71,7 @@ class Assignment(BaseModel, frozen=True):
     blocks: int
     settings: Settings
     listen_fds: tuple[int, ...]
+    peer_fds: tuple[int, ...] = ()
     handed_fds: tuple[int, int]
     page_fd: int
     shared_fd: int
@@ -80,7 +83,7 @@ class Assignment(BaseModel, frozen=True):
     @property
     def descriptors(self) -> set[int]:
         own = self.page_fd, self.shared_fd, self.shares_fd, self.event_fd, self.lock_fd
-        return {*own, *self.handed_fds, *self.listen_fds}
+        return {*own, *self.handed_fds, *self.listen_fds, *self.peer_fds}
 
 
 @dataclass(slots=True, eq=False)

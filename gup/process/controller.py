@@ -6,40 +6,69 @@ import json
 import logging
 import os
 import socket
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 
 from gup.cache.catalog_cache import read_catalogue
 from gup.cache.disk import Durability
 from gup.cache.recovery import Recovery
+from gup.cache.scheduler import share_class
 from gup.cache.streams import read_streams
+from gup.cluster.member_list import Members, read_members, write_members
+from gup.cluster.share import Classes
 from gup.config import Settings
 from gup.content.key import Variant
 from gup.content.routes import Route
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import Choices
 from gup.control.catalog_refresh import CatalogRefresher
+from gup.control.cluster import ClusterControl, ClusterDependencies
 from gup.control.dependencies import ControlDependencies, Reload
 from gup.control.eviction import AgeClock
 from gup.control.service import Control
 from gup.control.stats.history import RECEIVED
 from gup.process.child import Message, Parent
-from gup.process.shared_memory import CONFIG_OK, POLICY_EPOCH, STORE_BYTES, STORE_EPOCH
+from gup.process.shared_memory import (
+    CLUSTER_EPOCH,
+    CONFIG_OK,
+    ENGINE_TIME,
+    ENGINE_TIME_BEFORE,
+    POLICY_EPOCH,
+    PURGES,
+    STORE_BYTES,
+    STORE_EPOCH,
+    WAN_MEMBERS,
+    WAN_SHARE,
+    WAN_SHARE_UNTIL,
+    Row,
+)
 from gup.process.start_check import of_clocks, of_rate
 from gup.process.wiring import ChildProcess, run_child
+from gup.upstream.bandwidth import NOBODY, priority_of
 from gup.upstream.download import Fetched, fetch_catalogue
+from gup.upstream.probe import Prober
 
 _LOG = logging.getLogger("gup.process")
 _RELOAD_SECONDS = 10.0
 _UPGRADE_SECONDS = 40.0
 _ASKED_WITHIN_SECONDS = 120
 """Until then each upstream that can answer has done so."""
+_SHOWN = (
+    "gup_client_sent_bytes_total",
+    "gup_upstream_received_bytes_total",
+    "gup_peer_received_bytes_total",
+    "gup_peer_sent_bytes_total",
+    "gup_requests_total",
+)
+"""Totals that the members show of each other."""
 
 
 class Controller(ChildProcess):
     def __init__(self, parent: Parent) -> None:
         super().__init__(parent)
         self._ruled = self.settings, Rulebook(self.settings)  # after a reload it is made in a thread
+        self._totals: Mapping[str, int] = {}
+        self._totals_until = 0.0
         self._worker_rows: Sequence[Mapping[str, object]] = ()
         self._reloads: deque[asyncio.Future[Reload]] = deque()
         self._upgrades: deque[asyncio.Future[list[str]]] = deque()
@@ -61,6 +90,7 @@ class Controller(ChildProcess):
             lambda: self.settings.cache.sync_interval,
             shared.sum_of("gup_fills_total", outcome="committed"),
         )
+        self._cluster = self._make_cluster()
         self._handed = handed = [socket.socket(fileno=fd) for fd in parent.assignment.handed_fds]
         self._control = Control(
             ControlDependencies(
@@ -72,6 +102,8 @@ class Controller(ChildProcess):
                 since_start=shared.since_start,
                 stream_names=lambda: read_streams(self.store.run / "streams"),
                 raise_store_epoch=lambda: self.page.raise_epoch(STORE_EPOCH),
+                purges=dependencies.purges,
+                share_purge=self._share_purge,
                 set_store_bytes=lambda size_bytes: words.__setitem__(STORE_BYTES, size_bytes),
                 promised_bytes=self.reserved_bytes,
                 upstream_states=lambda: {
@@ -79,6 +111,8 @@ class Controller(ChildProcess):
                     for u in self.settings.upstream
                 },
                 wan_rate=self.wan_rate,
+                site_rate=self.site_rate,
+                cluster=self._cluster,
                 workers=lambda: self._worker_rows,
                 config_ok=lambda: bool(words[CONFIG_OK]),
                 reload=self._reload,
@@ -115,10 +149,14 @@ class Controller(ChildProcess):
             self._note_occupied(),
         )
         tasks = [self._loop.create_task(job) for job in jobs]
+        if self._cluster is not None:
+            tasks.append(self._loop.create_task(self._keep_cluster(self._cluster)))
         await self.handle_messages()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._cluster is not None:
+            await self._cluster.close()
         if self._leaves:
             await self._control.leave()
         await self.cache.stop()  # sends events of its last commits to the control plane
@@ -127,6 +165,76 @@ class Controller(ChildProcess):
         for end in self._handed:
             end.close()
         await self.close()
+
+    def _make_cluster(self) -> ClusterControl | None:
+        cluster = self.settings.cluster
+        if cluster.url is None:
+            return None
+        from gup.cluster.engine import Engine  # noqa: PLC0415 - redis may be missing where this gup is alone
+
+        assert cluster.site is not None
+        words, run, page = self.words, self.store.run, self.page
+
+        async def publish(members: Members) -> None:
+            await asyncio.to_thread(write_members, run, members)
+            page.raise_epoch(CLUSTER_EPOCH)
+
+        def set_share(share: int, until_ns: int) -> None:
+            words[WAN_SHARE], words[WAN_SHARE_UNTIL] = share, until_ns
+
+        def set_time_offset(offset: int) -> None:
+            words[ENGINE_TIME_BEFORE], words[ENGINE_TIME] = words[ENGINE_TIME], max(0, offset)
+
+        return ClusterControl(
+            ClusterDependencies(
+                settings=cluster,
+                upstreams=lambda: self.settings.upstream,
+                signer=self.sign_as,
+                rate=self.site_rate,
+                paid=self._paid_bytes,
+                waiting=self._waiting_classes,
+                totals=self._shown_totals,
+                publish=publish,
+                set_share=set_share,
+                set_most=lambda most: words.__setitem__(WAN_MEMBERS, most),
+                time_offset=lambda: words[ENGINE_TIME],
+                set_time_offset=set_time_offset,
+                known=read_members(run),
+            ),
+            Engine(cluster),
+            Prober(cluster.node),
+        )
+
+    async def _keep_cluster(self, cluster: ClusterControl) -> None:
+        while True:
+            try:
+                await cluster.run()
+            except Exception:  # noqa: BLE001 - the service must go on
+                _LOG.exception("the cluster's control failed; it is started again")
+            await asyncio.sleep(1.0)
+
+    def _paid_bytes(self) -> Classes:
+        urgent, other, background = (sum(row) for row in self._paid)
+        return urgent, other, background
+
+    def _waiting_classes(self) -> frozenset[int]:
+        """The classes of the first waiters for the WAN, of all workers."""
+        words = [
+            word for block, word in enumerate(self.page.row(Row.WAN_TURNS)) if word and self._alive(block)
+        ]
+        return frozenset(share_class(priority_of(NOBODY - word)) for word in words)
+
+    def _shown_totals(self) -> Mapping[str, int]:
+        """What the other members show of this one, at most a second old."""
+        if self._loop.time() >= self._totals_until:
+            self._totals_until = self._loop.time() + 1.0
+            sums: Counter[str] = Counter()
+            for name, count in self.shared.totals().items():
+                metric = name.partition("{")[0]
+                if metric in _SHOWN:
+                    sums[metric] += count
+            self._totals = dict(sums)
+        return self._totals
 
     async def _warn(self) -> None:
         """Log what can't work as it is set, as soon as it is known: each upstream is checked before long."""
@@ -153,6 +261,7 @@ class Controller(ChildProcess):
     async def _keep_beating(self) -> None:
         while True:
             self.beat()
+            self.cache.set_purged_aside()
             await asyncio.sleep(1.0)
 
     def tell(self, event: Mapping[str, object]) -> None:
@@ -163,6 +272,9 @@ class Controller(ChildProcess):
         if message.get("stop") or message.get("leave"):
             self._leaves = "leave" in message
             self.stopped.set()
+        elif message.get("goodbye"):
+            if self._cluster is not None:
+                self._cluster.leave()
         elif "workers" in message:
             self._worker_rows = message["workers"]
         elif "problems" in message:
@@ -177,6 +289,8 @@ class Controller(ChildProcess):
     def apply(self, settings: Settings) -> None:
         super().apply(settings)
         self._catalogues.apply(settings)
+        if self._cluster is not None and settings.cluster.site is not None:
+            self._cluster.apply()
         self._applying = self._loop.create_task(self._apply(settings))
 
     async def _apply(self, settings: Settings) -> None:
@@ -184,6 +298,11 @@ class Controller(ChildProcess):
         await self._control.apply(settings)
 
     # --- called by the control plane
+
+    def _share_purge(self, number: int) -> None:
+        """All processes close what the purge names, at once."""
+        self.words[PURGES] = max(number, self.words[PURGES])
+        self.page.raise_epoch(STORE_EPOCH)
 
     async def _look_up_catalogue(self, name: str) -> Fetched:
         variants = {u.name: Variant(u.version, u.language) for u in self.settings.upstream}

@@ -68,6 +68,7 @@ class Handover(BaseModel, frozen=True):
     workers: int
     data_fds: list[int]
     admin_fds: list[int]
+    peer_fds: list[int] = []
     shared_sockets: bool
     page_fd: int
     shares_fd: int
@@ -80,7 +81,7 @@ class Handover(BaseModel, frozen=True):
     @property
     def descriptors(self) -> set[int]:
         pairs = (self.event_fds, self.lock_fds, *self.handed_fds.values())
-        found = {*self.data_fds, *self.admin_fds, self.page_fd, self.shares_fd}
+        found = {*self.data_fds, *self.admin_fds, *self.peer_fds, self.page_fd, self.shares_fd}
         found |= {fd for pair in pairs for fd in pair}
         return found | {file.fd for file in self.files} | {child.channel_fd for child in self.children}
 

@@ -49,7 +49,7 @@ _LOG = logging.getLogger(__name__)
 # clock and the table of memory files are written by whoever holds `locked`, CONFIG_* by the supervisor, a
 # word of a row by the process of its block, all else by the controller.
 
-PAGE_FORMAT = 1
+PAGE_FORMAT = 2
 """Of the page's layout and of what its words mean. Raise it with every change of these: `gup upgrade` refuses
 to replace a service whose page has another one."""
 POLICY_EPOCH = 1  # raised when settings or rules have changed
@@ -57,11 +57,18 @@ STORE_EPOCH = 2  # raised when a body was unlinked or replaced
 CONFIG_OK = 3  # 1 when the last reload succeeded, else 0
 CONFIG_RELOADED_AT = 4  # Unix seconds of the last successful reload, or of the start
 STORE_BYTES = 7
+CLUSTER_EPOCH = 8  # raised when the list of members has changed: see gup.cluster.member_list
+WAN_SHARE = 9  # this node's part of the site's WAN rate, bytes/s
+WAN_SHARE_UNTIL = 10  # monotonic nanoseconds at which it ends
+WAN_MEMBERS = 13  # the most members of the last ten minutes; 0: not known yet
+ENGINE_TIME = 11  # what to add to monotonic ms to have the cluster engine's time; 0: unknown
+ENGINE_TIME_BEFORE = 12  # the same before the engine's clock last jumped
+PURGES = 14  # the highest number of a purge: see gup.cache.purges
 UPSTREAM_HEALTH = 16  # one word per upstream, in the format of gup.upstream.health
 MOST_UPSTREAMS = 16
 WAN_CLOCK = UPSTREAM_HEALTH + MOST_UPSTREAMS
-"""Two words: the WAN's time clock and virtual clock, see gup.upstream.bandwidth."""
-FILL_HELD = WAN_CLOCK + 2  # one word per group of fill slots: see gup.cache.scheduler
+"""CLOCK_WORDS of gup.upstream.bandwidth."""
+FILL_HELD = WAN_CLOCK + 3  # one word per group of fill slots: see gup.cache.scheduler
 MEMORY = 64  # the table of memory files: see gup.cache.memory_files
 MEMORY_ROWS = 64
 MEMORY_WORDS = 1 + 10 * MEMORY_ROWS
@@ -82,6 +89,9 @@ class Row(IntEnum):
     URGENT_TURNS = 4  # the first waiter for a fill slot, of the urgent classes
     BULK_TURNS = 5  # and of the others
     FILL_BACKLOG = 6  # number of waiting fills: see gup.cache.scheduler
+    WAN_URGENT = 7  # bytes of the WAN that the process has paid for: of deltas and index files
+    WAN_OTHER = 8  # of fulls and unknown names
+    WAN_BACKGROUND = 9  # of background fills
 
 
 # --- blocks

@@ -25,38 +25,54 @@ class Listeners:
     """Open for as long as the service runs: connections wait in their queues while a child is replaced.
 
     `shared`: whether each worker listens on all data sockets (systemd's), or on some of its own. None is
-    closed when there are fewer workers: the kernel would reset the connections in its queue.
+    closed when there are fewer workers: the kernel would reset the connections in its queue. `peers` are for
+    members of the cluster, none without one.
     """
 
     data: list[socket.socket]
     admin: list[socket.socket]
     shared: bool
+    peers: list[socket.socket]
+
+    @property
+    def all(self) -> Sequence[socket.socket]:
+        return (*self.data, *self.admin, *self.peers)
+
+    def peers_of_worker(self, number: int, workers: int) -> Sequence[socket.socket]:
+        return self.peers[number::workers]
 
     def of_worker(self, number: int, workers: int) -> Sequence[socket.socket]:
         return self.data if self.shared else self.data[number::workers]
 
     def extend(self, workers: int, backlog: int) -> None:
         """Have a socket for each worker. GupError, and nothing has changed, when there can be no more."""
-        missing = workers - len(self.data)
-        if self.shared or missing <= 0:
-            return
-        host, port = self.data[0].getsockname()[:2]
-        added: list[socket.socket] = []
+        added: list[tuple[list[socket.socket], list[socket.socket]]] = []
         try:
-            _bind(added, host, port, backlog, missing, joins=True)
+            for present in (self.data, self.peers):
+                missing = workers - len(present)
+                if not present or missing <= 0 or (self.shared and present is self.data):
+                    continue
+                new: list[socket.socket] = []
+                added.append((present, new))
+                host, port = present[0].getsockname()[:2]
+                _bind(new, host, port, backlog, missing, joins=True)
         except BaseException:
-            close(*added)
+            close(*(sock for _, new in added for sock in new))
             raise
-        self.data.extend(added)
+        for present, new in added:
+            present.extend(new)
 
 
-def open_listeners(listen: Listen, workers: int, passed: tuple[list[int], list[int]]) -> Listeners:
+def open_listeners(
+    listen: Listen, workers: int, passed: tuple[list[int], list[int]], peers: tuple[str, int] | None = None
+) -> Listeners:
     """All sockets, listening and non-blocking. GupError names the address that can't be bound.
 
-    `passed` are systemd's descriptors for the data plane and for the control plane.
+    `passed` are systemd's descriptors for the data plane and for the control plane, `peers` is the address
+    for members of the cluster.
     """
-    data: list[socket.socket] = []
-    admin: list[socket.socket] = []
+    opened = Listeners([], [], bool(passed[0]), [])
+    data, admin = opened.data, opened.admin
     try:
         _adopt(data, passed[0], listen.backlog)
         if not data:
@@ -64,10 +80,12 @@ def open_listeners(listen: Listen, workers: int, passed: tuple[list[int], list[i
         _adopt(admin, passed[1], listen.backlog)
         if not admin:
             _bind(admin, listen.admin_address, listen.admin_port, min(listen.backlog, 128), 1)
+        if peers is not None:
+            _bind(opened.peers, *peers, listen.backlog, workers)
     except BaseException:
-        close(*data, *admin)
+        close(*opened.all)
         raise
-    return Listeners(data, admin, shared=bool(passed[0]))
+    return opened
 
 
 def close(*sockets: socket.socket) -> None:

@@ -28,7 +28,7 @@ from gup import log
 from gup.cache.fair_shares import clear_column, shares_file
 from gup.cache.store import Store
 from gup.cache.streams import free_streams, idle_streams
-from gup.config import Settings
+from gup.config import Cluster, Settings
 from gup.control.auth import local_path, make_local_token
 from gup.errors import GupError, SettingsError
 from gup.process import handover, shared_memory, sockets
@@ -164,8 +164,9 @@ class Supervisor:
         self._lock = InstanceLock(store.run, LOCK_SECONDS)
         stack.callback(self._lock.close)
         passed = passed_sockets(environment, os.getpid())
-        self._listeners = sockets.open_listeners(settings.listen, settings.worker_count, passed)
-        stack.callback(lambda: sockets.close(*self._listeners.data, *self._listeners.admin))
+        peers = settings.cluster.listen_address if settings.cluster.url is not None else None
+        self._listeners = sockets.open_listeners(settings.listen, settings.worker_count, passed, peers)
+        stack.callback(lambda: sockets.close(*self._listeners.all))
         _require_token(self._listeners.admin, settings)
         try:
             make_local_token(store.run)
@@ -271,7 +272,9 @@ class Supervisor:
         slot.start(time.monotonic())
         self._beats[slot.block] = 0
         worker, listeners = slot.role == "worker", self._listeners
-        listening = listeners.of_worker(slot.number, len(self._workers)) if worker else listeners.admin
+        of_all = slot.number, len(self._workers)
+        listening = listeners.of_worker(*of_all) if worker else listeners.admin
+        peers = listeners.peers_of_worker(*of_all) if worker else ()
         assert slot.shared is not None
         assignment = Assignment(
             role=slot.role,
@@ -280,6 +283,7 @@ class Supervisor:
             blocks=self._blocks,
             settings=self._settings,
             listen_fds=tuple(sock.fileno() for sock in listening),
+            peer_fds=tuple(sock.fileno() for sock in peers),
             handed_fds=_fds(self._handed[slot.role]),
             page_fd=self._page.fd,
             shared_fd=slot.shared.fd,
@@ -410,9 +414,11 @@ class Supervisor:
             slot.move(Phase.ENDED)
         if self._trial is not None:
             self._end_trial(["the service is stopping"])
+        if self._settings.cluster.url is not None:
+            self._send([self._controller], {"goodbye": True})
         self._send(self._every("worker"), {"drain": True})
         # When the workers have closed their copies too, new connections are refused.
-        sockets.close(*self._listeners.data)
+        sockets.close(*self._listeners.data, *self._listeners.peers)
 
     def _continue_stopping(self, now: float) -> None:
         if self._stage is Stage.DRAINING:
@@ -554,6 +560,7 @@ class Supervisor:
             workers=len(self._workers),
             data_fds=[sock.fileno() for sock in self._listeners.data],
             admin_fds=[sock.fileno() for sock in self._listeners.admin],
+            peer_fds=[sock.fileno() for sock in self._listeners.peers],
             shared_sockets=self._listeners.shared,
             page_fd=self._page.fd,
             shares_fd=self._shares_fd,
@@ -570,9 +577,12 @@ class Supervisor:
             os.set_inheritable(fd, False)
         self._lock = InstanceLock(Path(), fds=taken.lock_fds)
         stack.callback(self._lock.close)
-        data, admin = ([socket.socket(fileno=fd) for fd in fds] for fds in (taken.data_fds, taken.admin_fds))
-        self._listeners = sockets.Listeners(data, admin, taken.shared_sockets)
-        stack.callback(lambda: sockets.close(*self._listeners.data, *self._listeners.admin))
+        data, admin, peers = (
+            [socket.socket(fileno=fd) for fd in fds]
+            for fds in (taken.data_fds, taken.admin_fds, taken.peer_fds)
+        )
+        self._listeners = sockets.Listeners(data, admin, taken.shared_sockets, peers)
+        stack.callback(lambda: sockets.close(*self._listeners.all))
         self._page = Page(taken.page_fd)
         stack.callback(self._page.close)
         self._shares_fd = taken.shares_fd
@@ -704,8 +714,10 @@ _FIXED = {
     "listen": ("address", "port", "admin_address", "admin_port", "backlog"),
     "cache": ("directory",),
     "site": ("name",),
+    "cluster": tuple(Cluster.model_fields),
 }
-"""Settings that need a restart: sockets, cache directory, the name in Via."""
+"""Settings that need a restart: sockets, cache directory, the name in Via, the cluster.
+(The cluster's files are read again on reload.)"""
 
 
 def differing(old: BaseModel, new: BaseModel, above: str = "") -> list[str]:

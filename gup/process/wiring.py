@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import resource
 import socket
@@ -20,15 +21,21 @@ from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Occupied, Slots
 from gup.cache.memory_files import MemoryFiles
 from gup.cache.negative_cache import NegativeCache
-from gup.cache.scheduler import GROUPS, Backlog, FillQueue
+from gup.cache.purges import Purges
+from gup.cache.scheduler import GROUPS, Backlog, FillQueue, share_class
 from gup.cache.store import Store
 from gup.cache.streams import Streams
+from gup.cluster.member_list import MembersReader
+from gup.cluster.share import floor, without_grant
+from gup.cluster.signing import Signer, read_secrets
 from gup.config import Settings
+from gup.files import FileError
 from gup.process import shared_memory as layout
 from gup.process.child import Message, Parent
 from gup.process.shared_memory import Page, Row, SharedFile
 from gup.upstream.bandwidth import Turns, Wan, rate_at, site_time
 from gup.upstream.health import Board
+from gup.upstream.members import Members
 from gup.upstream.pool import Pool
 
 # First lock number of each kind of slot in run/slots.
@@ -36,6 +43,7 @@ _BULK_FIRST, _URGENT_FIRST, _INHERITED_FIRST = 0, 10_000, 20_000
 _RANGE_BYPASS_FIRST, _BYPASS_FIRST = 100_000, 200_000
 DOWNLOADS_FIRST = 1_000_000
 
+_LOG = logging.getLogger("gup.process")
 _RANGE_BYPASS_SLOTS = 2
 _BYPASS_SLOTS = 4
 _THREADS = 16
@@ -69,8 +77,14 @@ class ChildProcess(ABC):
         self._events = socket.socket(fileno=os.dup(assignment.event_fd))
         self._events.setblocking(False)
         self._rate, self._rate_until = 0, 0.0
+        self._paid = [page.row(row) for row in (Row.WAN_URGENT, Row.WAN_OTHER, Row.WAN_BACKGROUND)]
         self.wan = Wan(
-            words, layout.WAN_CLOCK, self.turns(Row.WAN_TURNS), self.wan_rate, self.store.run / "wan.lock"
+            words,
+            layout.WAN_CLOCK,
+            self.turns(Row.WAN_TURNS),
+            self.wan_rate,
+            self.store.run / "wan.lock",
+            self._note_paid,
         )
         names = [upstream.name for upstream in self.settings.upstream]
 
@@ -91,6 +105,7 @@ class ChildProcess(ABC):
             store=self.store,
             claims=self.store.claims,
             pool=self.pool,
+            members=self._make_members(),
             counters=self.counters,
             queue=self._fill_queue(),
             space=Space(
@@ -112,6 +127,7 @@ class ChildProcess(ABC):
                 words[layout.FAILURES : layout.FAILURES + layout.FAILURES_WORDS],
                 lambda: page.locked(layout.FAILURES),
             ),
+            purges=Purges(self.store.run, lambda: words[layout.PURGES]),
             misses=ClientCounts.alone(),
             streams=Streams(self.store.run / "streams"),
             executor=self.executor,
@@ -129,6 +145,34 @@ class ChildProcess(ABC):
             bypass=Slots(self.slots, _BYPASS_FIRST, lambda: _BYPASS_SLOTS),
             range_bypass=Slots(self.slots, _RANGE_BYPASS_FIRST, lambda: _RANGE_BYPASS_SLOTS),
         )
+
+    def _make_members(self) -> Members:
+        cluster = self.settings.cluster
+        self.signer: Signer | None = None
+        if cluster.site is None or cluster.url is None:
+            return Members(self.counters)
+        self.signer = Signer(cluster.site, read_secrets(cluster.secret_file))
+        read = MembersReader(self.store.run, lambda: self.words[layout.CLUSTER_EPOCH])
+        return Members(
+            self.counters,
+            user_agent=f"gup/{__version__}",
+            via=f"1.1 {self.node} (gup)",
+            node=cluster.node,
+            signer=self.sign_as,
+            time_ms=self.engine_ms,
+            listed=lambda: read().askable,
+            settled=lambda: self.words[layout.CLUSTER_EPOCH] > 0,
+        )
+
+    def sign_as(self) -> Signer:
+        """With the cluster's secrets of now."""
+        assert self.signer is not None
+        return self.signer
+
+    def engine_ms(self) -> int:
+        """The cluster engine's time in ms; this machine's while that is unknown."""
+        offset = self.words[layout.ENGINE_TIME]
+        return time.monotonic_ns() // 1_000_000 + offset if offset else int(time.time() * 1000)
 
     def _fill_queue(self) -> FillQueue:
         held = self.words[layout.FILL_HELD : layout.FILL_HELD + GROUPS]
@@ -152,7 +196,21 @@ class ChildProcess(ABC):
         return time.monotonic_ns() - self._beats[block] < _ALIVE_NS
 
     def wan_rate(self) -> int:
-        """The WAN rate now in bytes per second; the schedule is evaluated twice a second."""
+        """The rate of this gup's fills now, in bytes/s, 0: unlimited; in a cluster a part of the site's."""
+        rate = self.site_rate()
+        if self.settings.cluster.url is None or not rate:
+            return rate
+        now, until = time.monotonic_ns(), self.words[layout.WAN_SHARE_UNTIL]
+        if now < until:
+            return min(max(1, self.words[layout.WAN_SHARE]), rate)
+        most = self.words[layout.WAN_MEMBERS]
+        return without_grant(rate, now - until, most) if until else floor(rate, most)
+
+    def _note_paid(self, priority: int, amount_bytes: int) -> None:
+        self._paid[share_class(priority)][self.block] += amount_bytes
+
+    def site_rate(self) -> int:
+        """The rate of all of the site's fills now; the schedule is evaluated twice a second."""
         if not self.settings.wan.schedule:
             return self.settings.wan.rate
         now = time.monotonic()
@@ -194,6 +252,12 @@ class ChildProcess(ABC):
         self.settings = self.dependencies.settings = settings
         self._rate_until = 0.0
         self.pool.apply(settings.upstream)
+        cluster = settings.cluster
+        if cluster.site is not None and self.signer is not None:
+            try:
+                self.signer = Signer(cluster.site, read_secrets(cluster.secret_file))
+            except FileError as error:
+                _LOG.error("cluster.secret_file: %s; the secrets of before stay", error)
         log.configure_child(settings.log)
 
     async def handle_messages(self) -> bool:
@@ -221,6 +285,7 @@ class ChildProcess(ABC):
     async def close(self) -> None:
         await self.cache.stop()
         await self.pool.close()
+        await self.dependencies.members.close()
         self.dependencies.short.close()
         self.executor.shutdown(wait=True, cancel_futures=True)
         self._events.close()
@@ -228,8 +293,10 @@ class ChildProcess(ABC):
 
 
 def _node_name(settings: Settings) -> str:
-    """The site's name, and a hash that differs for each host and cache directory."""
+    """The site's name, and a hash that differs for each host and cache directory, but not in a cluster."""
+    cluster = settings.cluster
     own = f"{settings.cache.directory.resolve()}\n{socket.gethostname()}"
+    own = f"cluster\n{cluster.site}" if cluster.url is not None else own
     site = (
         "".join(c if (c.isascii() and c.isalnum()) or c in "-._" else "-" for c in settings.site.name)
         or "gup"

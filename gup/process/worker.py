@@ -4,6 +4,8 @@ import asyncio
 import gc
 import importlib
 import socket
+import time
+from collections.abc import Sequence
 from functools import partial
 from operator import itemgetter
 
@@ -14,7 +16,14 @@ from gup.cache.locks import Slots
 from gup.client_names import ClientNames, read_key
 from gup.config import Settings
 from gup.process.child import Message, Parent
-from gup.process.shared_memory import FIRST_WORKER, POLICY_EPOCH, STORE_EPOCH, Row
+from gup.process.shared_memory import (
+    ENGINE_TIME,
+    ENGINE_TIME_BEFORE,
+    FIRST_WORKER,
+    POLICY_EPOCH,
+    STORE_EPOCH,
+    Row,
+)
 from gup.process.wiring import DOWNLOADS_FIRST, ChildProcess, run_child
 from gup.server.access_log import AccessLog
 from gup.server.admission import Admission
@@ -22,6 +31,7 @@ from gup.server.downloads import Downloads
 from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
 from gup.server.listener import Listener
+from gup.server.peer import PeerAdmission, PeerHandler, PeerLog
 from gup.server.policy import Policy
 
 _WARM_UP_AFTER_SECONDS = 0.3
@@ -69,27 +79,55 @@ class Worker(ChildProcess):
             shared.sum_of("gup_client_connections"),
             most_here=self.descriptors * 3 // 4,
         )
+        self._peers = self._make_peers(
+            [socket.socket(fileno=fd) for fd in assignment.peer_fds], downloads, names
+        )
         sockets = [socket.socket(fileno=fd) for fd in assignment.listen_fds]
         handed = [socket.socket(fileno=fd) for fd in assignment.handed_fds]
         self._listener = Listener(
             sockets, (handed[0], handed[1]), settings, handler, admission, self._each_second
         )
 
+    def _make_peers(
+        self, sockets: Sequence[socket.socket], downloads: Downloads, names: ClientNames
+    ) -> Listener | None:
+        """What answers the members of the cluster; None without one."""
+        cluster = self.settings.cluster
+        if not sockets:
+            return None
+        times = ENGINE_TIME, ENGINE_TIME_BEFORE
+        handler = PeerHandler(
+            self.dependencies,
+            self.cache,
+            downloads,
+            PeerLog(self.settings, self.counters, names),
+            self.node,
+            cluster.node,
+            self.sign_as,
+            lambda: [self.engine_ms(), *(time.monotonic_ns() // 1_000_000 + self.words[at] for at in times)],
+        )
+        return Listener(sockets, None, self.settings, handler, PeerAdmission(), lambda _now: None)
+
     def _each_second(self, wall_now: float, *, everything: bool = False) -> None:
         self.beat()
         self.cache.look_over()
+        self.cache.set_purged_aside()
         self._access_log.each_second(self.tell, self.offer, wall_now, everything=everything)
 
     async def run(self) -> None:
         gc.freeze()  # what the start has made stays, and need not be looked through again and again
         gc.set_threshold(_COLLECT_AFTER)  # a fill leaves no cycles: there is little to collect
         self._listener.start()
+        if self._peers is not None:
+            self._peers.start()
         self.parent.send({"ready": True})
         warming = asyncio.create_task(self._warm_up())
         if not await self.handle_messages():  # the supervisor is gone
             if self._draining is not None:
                 self._draining.cancel()
             await self._listener.drain(0.0)
+            if self._peers is not None:
+                await self._peers.drain(0.0)
         warming.cancel()
         await asyncio.gather(warming, return_exceptions=True)
         await self._policy.close()
@@ -105,6 +143,8 @@ class Worker(ChildProcess):
     def apply(self, settings: Settings) -> None:
         super().apply(settings)
         self._listener.apply(settings)
+        if self._peers is not None:
+            self._peers.apply(settings)
 
     def handle(self, message: Message) -> None:
         if message.get("leave") and self._draining is None:
@@ -117,12 +157,14 @@ class Worker(ChildProcess):
 
     async def _leave(self) -> None:
         """Others serve: hand them the idle connections, end the responses, and the fills that they follow."""
-        await self._listener.leave()
+        await asyncio.gather(self._listener.leave(), *([] if self._peers is None else [self._peers.leave()]))
         await self.cache.end_fills()
         await self._drain(0.0)
 
     async def _drain(self, timeout_seconds: float) -> None:
         await self._listener.drain(timeout_seconds)
+        if self._peers is not None:
+            await self._peers.drain(0.0)
         await self.cache.stop()  # bodies that clients have completely are committed first
         self._each_second(self.dependencies.wall_clock(), everything=True)
         self.parent.send({"drained": True})

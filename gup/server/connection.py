@@ -23,6 +23,7 @@ from gup.server.access_log import AccessLog
 from gup.server.downloads import Downloads, Ticket, stopping
 from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache, HotRow
+from gup.server.peer import PeerHandler
 from gup.server.ranges import Span
 from gup.server.request import MAX_HEAD_BYTES, check_begun, parse_head
 from gup.server.response import BROKEN, FINISHED, Response, ResponseWriter
@@ -145,7 +146,7 @@ class Context:
     loop: asyncio.AbstractEventLoop
     listen: Listen
     poller: Poller
-    handler: Handler
+    handler: Handler | PeerHandler
     hot_cache: HotCache
     downloads: Downloads
     access_log: AccessLog

@@ -199,7 +199,7 @@ class HotCache:
         if store != self._seen[1]:
             self._close_removed()
             for table in (self._by_head, self._by_target):
-                for name in [n for n, row in table.items() if os.fstat(row.entry.fd).st_nlink == 0]:
+                for name in [n for n, row in table.items() if row.entry.is_removed]:
                     del table[name]
         self._seen = (policy, store)
 

@@ -19,6 +19,7 @@ from gup.errors import Problem, is_exhausted
 from gup.server.admission import Admission
 from gup.server.connection import HANDED, READ, Connection, Context, Pacer, Poller, close_by_reset
 from gup.server.handler import Handler
+from gup.server.peer import PeerAdmission, PeerHandler
 from gup.server.proxy_protocol import client_in, missing_bytes
 from gup.units import format_http_date
 
@@ -95,10 +96,10 @@ class Listener:
     def __init__(
         self,
         sockets: Sequence[socket.socket],
-        handed: tuple[socket.socket, socket.socket],
+        handed: tuple[socket.socket, socket.socket] | None,
         settings: config.Settings,
-        handler: Handler,
-        admission: Admission,
+        handler: Handler | PeerHandler,
+        admission: Admission | PeerAdmission,
         on_second: Callable[[float], None],
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -133,7 +134,8 @@ class Listener:
             listening.setblocking(False)
             listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # connections inherit it
             self._loop.add_reader(listening.fileno(), self._accept, listening)
-        self._loop.add_reader(self._handed[0].fileno(), self._receive_handed)
+        if self._handed is not None:
+            self._loop.add_reader(self._handed[0].fileno(), self._receive_handed, self._handed[0])
         self._tick()
 
     def apply(self, settings: config.Settings) -> None:
@@ -321,32 +323,33 @@ class Listener:
         for listening in self._sockets:
             self._loop.remove_reader(listening.fileno())
             listening.close()
-        self._loop.remove_reader(self._handed[0].fileno())
+        if self._handed is not None:
+            self._loop.remove_reader(self._handed[0].fileno())
         self._sockets = ()
 
     def _hand_over(self) -> None:
         """Those that are idle now, as far as the queue has room; the rest at the next tick."""
         for connection in [c for c in self._connections if c.idle]:
-            if not connection.hand_over(self._handed[1]):
+            if self._handed is None:
+                connection.close()
+            elif not connection.hand_over(self._handed[1]):
                 return
 
-    def _receive_handed(self) -> None:
+    def _receive_handed(self, receiving: socket.socket) -> None:
         for _ in range(_ACCEPTS_A_TURN):
             try:
-                handed, fds, _, _ = socket.recv_fds(
-                    self._handed[0], _HANDED_BYTES, 1, socket.MSG_CMSG_CLOEXEC
-                )
+                told, fds, _, _ = socket.recv_fds(receiving, _HANDED_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
                 return
             for fd in fds:
                 sock = socket.socket(fileno=fd)
                 try:
-                    address, port = handed.decode().split() if handed != HANDED else sock.getpeername()[:2]
+                    address, port = told.decode().split() if told != HANDED else sock.getpeername()[:2]
                 except OSError:  # the client is gone
                     sock.close()
                     continue
                 self._admission.count(address)
-                self._make(sock, address, int(port), handed).begin()
+                self._make(sock, address, int(port), told).begin()
 
     async def drain(self, timeout_seconds: float) -> None:
         context = self._context
@@ -373,5 +376,5 @@ class Listener:
         context.poller.close()
         if self._timer is not None:
             self._timer.cancel()
-        for end in self._handed:
+        for end in self._handed or ():
             end.close()

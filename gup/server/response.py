@@ -55,7 +55,7 @@ class Response:
     body: Body | None = None
     ticket: Ticket | None = None  # of a download; it begins when the ticket has a slot
     sent_at: int = 0
-    stream_at: int = 0  # position of the counter of its body bytes
+    stream_at: int = 0  # position of the counter of its stream's body bytes; 0: none
 
     result: str = ""
     key: str | None = None
@@ -330,4 +330,5 @@ class ResponseWriter:
     def _count(self, response: Response, sent: int) -> None:
         self.sent_bytes += sent
         self.words[response.sent_at] += sent
-        self.words[response.stream_at] += sent
+        if response.stream_at:
+            self.words[response.stream_at] += sent

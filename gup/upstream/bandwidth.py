@@ -65,24 +65,50 @@ class _Waiter:
     first: asyncio.Event = field(compare=False, default_factory=asyncio.Event)
 
 
+CLOCK_WORDS = 3
+"""The time clock, the virtual clock, and the rate at which the time clock was set last."""
+
+
+def at_rate(clock_ns: int, now_ns: int, old: int, new: int) -> int:
+    """The time clock when the rate becomes `new`: as many bytes are owed, or to spare, as at the `old` rate.
+
+    Without this a debt would last as long at a higher rate, and credit would grow with each change.
+    """
+    if old in (0, new):
+        return clock_ns
+    return max(0, now_ns + max(clock_ns - now_ns, -_BURST_NS) * old // new)
+
+
 class Wan:
     """The rate limit of all fills on this machine together.
 
-    `words[clock]` is the time clock, `words[clock + 1]` the virtual clock. Both change under a lock that is
-    held for a few instructions and that the kernel frees when its holder dies. `rate` returns bytes per
-    second, 0 for unlimited; it is called for each slice.
+    Its words begin at `words[clock]`. They change under a lock that is held for a few instructions and that
+    the kernel frees when its holder dies. `rate` returns bytes per second, 0 for unlimited; it is called for
+    each slice. `paid` is told the priority and the bytes of each slice.
     """
 
     def __init__(
-        self, words: "memoryview[int]", clock: int, turns: "Turns", rate: Callable[[], int], lock: Path
+        self,
+        words: "memoryview[int]",
+        clock: int,
+        turns: "Turns",
+        rate: Callable[[], int],
+        lock: Path,
+        paid: Callable[[int, int], None] = lambda _priority, _bytes: None,
     ) -> None:
-        self._words, self._clock, self._turns = words, clock, turns
+        self._words, self._clock, self._turns, self._paid = words, clock, turns, paid
         self.rate = rate
         self._fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._waiting: list[_Waiter] = []
         self._numbers = 0
         self.windows: WeakSet[ReceiveWindow] = WeakSet()
         """Windows of the responses that this process reads; each adds itself."""
+
+    @classmethod
+    def free(cls) -> "Wan":
+        """Without a rate, for bytes that cross no WAN."""
+        words = memoryview(bytearray(8 * CLOCK_WORDS)).cast("Q")
+        return cls(words, 0, Turns.none(), lambda: 0, Path(os.devnull))
 
     @property
     def slice_bytes(self) -> int:
@@ -105,8 +131,8 @@ class Wan:
         self._first_changed()
         try:
             while (seconds := self._try(me, amount)) > 0:
-                if self._waiting[0] is me:
-                    await asyncio.sleep(seconds)
+                if self._waiting[0] is me:  # not for long: the rate may change
+                    await asyncio.sleep(min(seconds, _SLICE_SECONDS))
                 else:
                     me.first.clear()
                     await me.first.wait()
@@ -138,6 +164,9 @@ class Wan:
         lock_range(self._fd, 0, wait=True)  # blocks for another's few instructions at most
         try:
             now = time.monotonic_ns()
+            if words[clock + 2] != rate:
+                words[clock] = at_rate(words[clock], now, words[clock + 2], rate)
+                words[clock + 2] = rate
             early = words[clock] - now
             if early > 0:
                 return max(early / 1e9, _SHORTEST_SLEEP_SECONDS)
@@ -150,6 +179,7 @@ class Wan:
             words[clock + 1] = max(words[clock + 1], me.share.tag)
         finally:
             unlock_range(self._fd, 0)
+        self._paid(me.share.priority, amount)
         return 0.0
 
     def close(self) -> None:
@@ -239,6 +269,10 @@ def rank(priority: int, tag: int) -> int:
     return (priority << _RANK_BITS) | min(tag, (1 << _RANK_BITS) - 1)
 
 
+def priority_of(rank: int) -> int:
+    return rank >> _RANK_BITS
+
+
 class Turns:
     """Order among processes that wait for the same thing: one shared word per process.
 
@@ -250,6 +284,10 @@ class Turns:
     def __init__(self, words: "memoryview[int]", mine: int, alive: Callable[[int], bool]) -> None:
         self._words, self._mine, self._alive = words, mine, alive
         words[mine] = 0
+
+    @classmethod
+    def none(cls) -> "Turns":
+        return cls(memoryview(bytearray(8)).cast("Q"), 0, lambda _: True)
 
     def ask(self, first: int | None) -> None:
         self._words[self._mine] = 0 if first is None else NOBODY - first

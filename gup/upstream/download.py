@@ -16,6 +16,7 @@ from gup.content.catalog import CATALOG_PATH, MAX_CATALOG_BYTES
 from gup.errors import GupError
 from gup.metrics import MAX_STREAMS, Counters
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators, rejected, unconfirmed
+from gup.upstream.members import COMING, Member, Members
 from gup.upstream.pool import Answer, Pool
 from gup.upstream.session import Ask, Upstream
 
@@ -24,6 +25,11 @@ OVERLAP_BYTES = 64 * 1024
 TRIES = 3
 """Tries of one upstream in a row without a new byte."""
 _NEVER = 1 << 62
+_REJOIN_SECONDS = 5.0
+_REJOIN_PAUSE_SECONDS, _MOST_RELOOKS = 0.03, 50
+"""After a break the node that ranks highest of those with a part goes on over the WAN. The others ask for so
+long whether it does, so that the rest is not fetched by each.
+"""
 _FIRST_BACKOFF_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 5.0
 
@@ -64,6 +70,10 @@ class _Source:
     furthest: int = 0
 
 
+Choice = tuple[Sequence[Upstream], Sequence[Upstream]]
+"""Upstreams to ask, and the reserve."""
+
+
 class Remembered(Protocol):
     """Remembers upstreams' responses that were rejected (gup.cache.negative_cache)."""
 
@@ -77,29 +87,43 @@ class Remembered(Protocol):
 class Download:
     """The bytes of one body in order, from `received` on; `received` grows with each piece returned.
 
-    `reread(offset, length)` returns bytes received earlier, to compare an overlap with. `reserve` are
-    upstreams that a new request would not be sent to; they are asked, after the others, once some bytes are
-    received. `is_read` tells whether clients have some of the bytes: for them the download waits for an
-    upstream that is unreachable. `holds` remembers rejected responses.
+    `reread(offset, length)` returns bytes received earlier, to compare an overlap with. `wan` is awaited
+    before each request that crosses the WAN: it returns the upstreams to ask, and a reserve of others that a
+    new request would not be sent to; those are asked, after the others, once some bytes are received.
+    `is_read` tells whether clients have some of the bytes: for them the download waits for an upstream that
+    is unreachable. `holds` remembers rejected responses.
+
+    Members of the cluster come first: those that rank above this node, then one that holds the body. In
+    mid-body they are asked for what they hold only (gup.cluster.order).
     """
 
     def __init__(  # noqa: PLR0913 - one body, its upstreams and its fill
         self,
         pool: Pool,
-        upstreams: Sequence[Upstream],
+        members: Members,
+        wan: Callable[[], Awaitable[Choice]],
         ask: Ask,
         counters: Counters,
         *,
         immutable: bool,
         reread: Callable[[int, int], Awaitable[bytes]],
         begun: Begun | None = None,
-        reserve: Sequence[Upstream] = (),
         is_read: Callable[[], bool] = lambda: True,
         holds: Remembered | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool, self._template, self._counters, self._clock = pool, ask, counters, clock
-        self._upstreams, self._reserve, self._holds = upstreams, reserve, holds
+        self._members, self._wan, self._holds = members, wan, holds
+        self._upstreams: Sequence[Upstream] = ()
+        self._reserve: Sequence[Upstream] = ()
+        self._on_wan = False
+        self.is_on_wan = False
+        """Whether it waits for the WAN alone, or its bytes come from there: then others may join it."""
+        self._above = members.above(ask.key) if begun is None else []
+        self._holder: Member | None = None
+        self._looked = not immutable  # for a member that holds it; copies of changing content may be old
+        self._passed_over: set[str] = set()
+        """Members that are not asked again."""
         self._immutable, self._reread, self._is_read = immutable, reread, is_read
         self._brought = False  # whether this download has received a byte
         self._answer: Answer | None = None
@@ -117,6 +141,7 @@ class Download:
         self.resumes = 0
         """How often it went on after a break."""
         self._last_upstream: str | None = None
+        self._source: Upstream | None = None
         self._first = Validators()
         self.source_validators: Mapping[str, Validators] = {}
         """Validators of each upstream whose bytes are in the body; a new mapping at each change."""
@@ -135,7 +160,7 @@ class Download:
         UpstreamFailure when all upstreams have failed.
         """
         while True:
-            upstream = self._choose()
+            self._source = upstream = self._member() or await self._holding() or await self._upstream()
             if self._last_upstream not in (None, upstream.name) and self.received:
                 self._resumed = "failover"
             self._last_upstream = upstream.name
@@ -224,7 +249,8 @@ class Download:
     # --- tries
 
     def _current(self) -> Upstream:
-        return next(upstream for upstream in self._upstreams if upstream.name == self._last_upstream)
+        assert self._source is not None
+        return self._source
 
     async def _reconnect(self) -> None:
         try:
@@ -233,8 +259,43 @@ class Download:
             self.close()  # its position in the overlap is unknown
             raise
 
+    def _member(self) -> Member | None:
+        """The next member to ask, if any."""
+        known = (*self._above, self._holder) if self._holder is not None else self._above
+        return next((member for member in known if member.name not in self._passed_over), None)
+
+    async def _holding(self) -> Member | None:
+        """A member that holds the body, looked for once before the first byte and once after each break."""
+        if self._looked:
+            return None
+        self._looked = True
+        patience, begun = self._clock() + _REJOIN_SECONDS, self.received > 0
+        while True:
+            self._holder, coming = await self._members.holding(self._template, self._passed_over, begun=begun)
+            if self._holder is not None or not coming or self._clock() >= patience:
+                return self._holder
+            await asyncio.sleep(_REJOIN_PAUSE_SECONDS)
+
+    async def _upstream(self) -> Upstream:
+        self.is_on_wan = True
+        if not self._on_wan:
+            self._upstreams, self._reserve = await self._wan()
+            self._on_wan = True
+        return self._choose()
+
     def _choose(self) -> Upstream:
         return next(upstream for upstream in self._upstreams if upstream.name not in self._spent)
+
+    def _after_member(self, member: Member, failure: UpstreamFailure) -> None:
+        """In mid-body it is asked once more, then what others hold; a failure of its own is nobody's."""
+        again = self.received > 0 and failure.status is None and not self._fruitless[member.name]
+        self._fruitless[member.name] += 1
+        if again:
+            self._holder, self._above = member, []
+        else:
+            self._passed_over.add(member.name)
+        if self.received and self._immutable:
+            self._above, self._looked = [], again
 
     async def _after(self, upstream: Upstream, failure: UpstreamFailure) -> None:
         """After a failed try: return to try again, perhaps after a pause, or raise the failure.
@@ -242,7 +303,18 @@ class Download:
         An upstream that responds without a new byte is given up after TRIES. One that is unreachable is given
         up at once before the first byte, and after `give_up` in mid-body.
         """
-        name = upstream.name
+        if isinstance(upstream, Member):
+            if failure.status == COMING and self._fruitless[upstream.name] < _MOST_RELOOKS:
+                # Another of its workers, which does not know yet that it comes over the WAN.
+                self._fruitless[upstream.name] += 1
+                self._holder, self._looked = None, False
+                await asyncio.sleep(_REJOIN_PAUSE_SECONDS)
+                return
+            self._after_member(upstream, failure)
+            return
+        name, self.is_on_wan = upstream.name, False
+        if self.received and self._immutable:
+            self._looked, self._passed_over = False, set()
         if self._holds and (failure.outcome == "rejected" or failure.retry_after_seconds is not None):
             own = self.head is not None and self.head.upstream == name
             self._holds.note(name, failure, self.head if own else None)
@@ -268,7 +340,7 @@ class Download:
 
     async def _try(self, upstream: Upstream) -> RemoteHead:
         if self.head is None:
-            answer = await self._pool.ask(upstream, self._template)
+            answer = await self._ask(upstream, self._template)
             if isinstance(answer, RemoteHead):
                 return answer
             self._answer = answer
@@ -284,6 +356,12 @@ class Download:
         await self._align(answer)
         return answer.head
 
+    async def _ask(self, source: Upstream, ask: Ask) -> Answer | RemoteHead:
+        if isinstance(source, Member):
+            held = self.received > 0 or source is self._holder
+            return await self._members.ask(source, replace(ask, held=held))
+        return await self._pool.ask(source, ask)
+
     # --- resuming
 
     async def _ask_for_rest(self, upstream: Upstream) -> Answer:
@@ -295,7 +373,7 @@ class Download:
         while True:
             ask = self._next_ask(upstream)
             try:
-                answer = await self._pool.ask(upstream, ask)
+                answer = await self._ask(upstream, ask)
             except UpstreamFailure as failure:
                 if failure.status == 416 and ask.start and upstream.name in self._sources:
                     self._doubt(upstream.name, Validators())
@@ -325,7 +403,7 @@ class Download:
         sure_to = min(self.received, self._unsure_from, source.compared_to if source else _NEVER)
         # Other upstreams may have other tags for the same bytes: for immutable content the overlap decides.
         validators = source.validators if source else Validators() if self._immutable else self._first
-        plain = replace(self._template, if_none_match=None, if_modified_since=None)
+        plain = replace(self._template, if_none_match=None, if_modified_since=None, own_etag=None)
         return replace(plain, start=max(0, sure_to - OVERLAP_BYTES), if_range=validators.if_range)
 
     def _check_length(self, remote: RemoteHead) -> None:
@@ -395,6 +473,9 @@ class Download:
         if source is None or source.compared_to != _NEVER:
             self._sources[remote.upstream] = _Source(remote.validators, furthest=self.received)
             self.source_validators = {**self.source_validators, remote.upstream: remote.validators}
+        if (given := remote.given) is not None:  # where the member has it from sends the same bytes
+            self._sources.setdefault(given.upstream, _Source(given.validators, furthest=self.received))
+            self.source_validators = {given.upstream: given.validators, **self.source_validators}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,18 @@
 """What comes of a request to an upstream: the head of the response with its validators, or a failure."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cache
 from typing import Annotated, NamedTuple
 
 import xxhash
-from pydantic import Field, Strict
+from pydantic import Field, Strict, TypeAdapter
 
 from gup.config.loading import mask_password
-from gup.errors import GupError, quoted
+from gup.errors import SHOWN_BYTES, GupError, Problem, quoted
+from gup.jsonmodel import Count, parse, read
 from gup.units import parse_http_date
 
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
@@ -200,12 +203,80 @@ def bounded(text: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenHead:
+    """What another member of the cluster has as the head of a body, beside what HTTP says of it.
+
+    `etag` is that of every member. `validators` are those of `upstream`, where the body comes from.
+    `age_seconds` is how long ago that one was last asked, `order` the highest order the member knew when its
+    WAN fetch began.
+    """
+
+    etag: _Sendable | None
+    upstream: Annotated[str, Field(min_length=1, max_length=MOST_FIELD_BYTES)]
+    upstream_etag: _Sendable | None
+    last_modified: _Sendable | None
+    validators: Validators
+    age_seconds: Annotated[int, Strict(), Field(ge=0, le=1 << 31)]
+    order: Count
+
+    @classmethod
+    def parse(cls, text: str) -> "GivenHead":
+        """InvalidError when it is not one."""
+        value = parse(text.encode("latin-1"), "GUP-Head", 4 * MOST_FIELD_BYTES)
+        return read(_given_model(), value, "GUP-Head")
+
+    def text(self) -> str:
+        return json.dumps(_given_model().dump_python(self), separators=(",", ":"))
+
+
+@cache
+def _given_model() -> TypeAdapter[GivenHead]:
+    return TypeAdapter(GivenHead)
+
+
+PASSED_ON = frozenset({"upstream-not-found", "upstream-gone", "queue-full"})
+"""The problems of a member that are the asking node's too; of others it may be free."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenProblem:
+    """A problem that another member of the cluster passes on, and remembers for `stands_seconds`."""
+
+    slug: Annotated[str, Field(pattern=f"^({'|'.join(sorted(PASSED_ON))})$")]
+    detail: Annotated[str, Field(max_length=SHOWN_BYTES)]
+    retry_after_seconds: Annotated[float, Field(ge=0, le=LONGEST_RETRY_AFTER_SECONDS)] | None
+    stands_seconds: Annotated[float, Field(ge=0, le=LONGEST_RETRY_AFTER_SECONDS)]
+
+    @classmethod
+    def parse(cls, text: str) -> "GivenProblem":
+        """InvalidError when it is not one."""
+        return read(
+            _problem_model(), parse(text.encode("latin-1"), "GUP-Problem", 8 * SHOWN_BYTES), "GUP-Problem"
+        )
+
+    def text(self) -> str:
+        return json.dumps(_problem_model().dump_python(self), separators=(",", ":"))
+
+    def problem(self) -> Problem:
+        retry = self.retry_after_seconds
+        return Problem(
+            self.slug, quoted(self.detail), retry_after_seconds=retry, stands_seconds=self.stands_seconds
+        )
+
+
+@cache
+def _problem_model() -> TypeAdapter[GivenProblem]:
+    return TypeAdapter(GivenProblem)
+
+
+@dataclass(frozen=True, slots=True)
 class RemoteHead:
     """The head of a response. `length` is that of the whole body, `start` the offset of the first byte sent.
 
     `etag` is the tag with its quotes, None for a weak one (RFC 9110 section 8.8.3). `age_seconds` is how long
     another gup has stored it. `stop` is the offset after the last byte sent, None when unknown. `validators`
     are as received. `delimited`: a length or a last chunk will confirm the end; else the connection closes.
+    `given`: it comes from a member of the cluster.
     """
 
     status: int
@@ -219,6 +290,7 @@ class RemoteHead:
     validators: Validators = field(default_factory=Validators)
     stop: int | None = None
     delimited: bool = True
+    given: GivenHead | None = None
 
 
 def read_age(text: str | None) -> int:

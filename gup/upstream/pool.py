@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import xxhash
 
@@ -378,12 +378,25 @@ def rendezvous(key: str, name: str, weight: int) -> float:
 # --- a body
 
 
+class Charged(Protocol):
+    """Whom the bytes of an Answer are counted with, and the rate that they are charged to."""
+
+    @property
+    def wan(self) -> Wan: ...
+
+    def count_received(self, upstream: Upstream, ask: Ask, stream: tuple[int, str], amount: int) -> None: ...
+
+    def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None: ...
+
+    def done(self, upstream: Upstream) -> None: ...
+
+
 class Answer:
     """A response whose body is still to be read. Counts every byte that it returns."""
 
     def __init__(
         self,
-        pool: Pool,
+        pool: Charged,
         upstream: Upstream,
         ask: Ask,
         stream: tuple[int, str],

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import re
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,10 @@ class Ask:
     anew when a body comes. `stop` is the offset after the last requested byte; None requests all from
     `start` on. The bytes are charged to `share`, which all requests of a download have in common. `passed`
     are the gups that the client's request came through. `client` is who asked, "" for a request of gup's
-    own. `check`: a health check, for which any response is good.
+    own. `check`: a health check, for which any response is good. `key` is the content key; `held`: a
+    member of the cluster is to answer only with what it holds, and to fetch nothing. `own_etag` is the tag of
+    the body here, which members have in common, beside upstream's in `if_none_match`. `signed` are the fields
+    of a signed question to a member.
     """
 
     path: str
@@ -63,6 +66,10 @@ class Ask:
     passed: tuple[str, ...] = ()
     client: str = ""
     check: bool = False
+    key: str = ""
+    held: bool = False
+    own_etag: str | None = None
+    signed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def ranged(self) -> bool:
@@ -129,7 +136,7 @@ class Upstream:
             "If-Modified-Since": ask.if_modified_since,
             "Via": ", ".join((*(f"1.1 {name} (gup)" for name in ask.passed), self._via)),
         }
-        return self._fixed | {name: text for name, text in fields.items() if text}
+        return self._fixed | {name: text for name, text in fields.items() if text} | dict(ask.signed)
 
     def _tls(self) -> ssl.SSLContext | bool:
         settings = self.settings

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from harness.caches import path_of, route, working
 from harness.content import noise
-from harness.upstreams import Answer
+from harness.upstreams import Answer, Gate
 
 from gup.content.key import Variant
 from gup.errors import Problem
@@ -20,9 +20,15 @@ def head(worker, path: str, client: str = "10.0.0.1", passed: tuple[str, ...] = 
 
 
 async def test_heads_of_one_missing_key_are_one_request(tmp_path, upstream):
-    upstream.answer(FILE, Answer(BODY, etag='"a"'))
+    gate = Gate()
+    upstream.answer(FILE, Answer(BODY, etag='"a"', head_gate=gate))
+    upstream.answer(NAMES[0], Answer(BODY))
     async with working(tmp_path, [upstream.url]) as one:
-        heads = await asyncio.gather(*(head(one, FILE) for _ in range(50)))
+        asking = [asyncio.create_task(head(one, FILE)) for _ in range(50)]
+        await asyncio.to_thread(gate.wait_reached)
+        await head(one, NAMES[0])  # looked for on disk after all of those
+        gate.open()
+        heads = await asyncio.gather(*asking)
         assert {found[0].length for found in heads} == {len(BODY)}
         assert len(upstream.requests(FILE, method="HEAD")) == 1
         await asyncio.gather(*(head(one, FILE, passed=("other",)) for _ in range(3)))

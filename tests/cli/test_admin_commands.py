@@ -8,7 +8,7 @@ from harness.commands import run
 from harness.upstreams import RawUpstream, ok
 
 from gup.cli.admin_client import Admin, AdminError, admin_url
-from gup.cli.admin_commands import status_lines
+from gup.cli.admin_commands import cluster_line, status_lines
 from gup.config import Settings
 
 # --- a running service
@@ -51,6 +51,7 @@ STATUS = {
         {"key": None, "id": "0e", "received_bytes": 1500, "length_bytes": None}
         | {"upstream": None, "bytes_per_second": None, "remaining_seconds": None},
     ],
+    "cluster": None,
     "reload": {"successful": False},
     "alarms": [
         {"name": "no-upstream", "severity": "critical", "text": "no upstream answers \x1b[2J"}
@@ -162,6 +163,29 @@ def test_status_in_words(plane):
 
 def test_status_as_json(plane):
     assert json.loads(run("status", "--json", "--admin", plane.url).stdout) == STATUS
+
+
+AWAY = "; the site's WAN rate is 8MB/s, no share of it granted here; the engine does NOT answer (no)"
+
+
+@pytest.mark.parametrize(
+    ("share", "rate", "error", "words"),
+    [
+        (3_000_000, 8_000_000, None, "; the site's WAN rate is 8MB/s, 3MB/s of it here"),
+        (None, 8_000_000, "no", AWAY),
+        (None, None, None, ""),
+    ],
+)
+def test_a_cluster_in_a_line(share, rate, error, words):
+    def member(name, *, askable, part=5):
+        return {"name": name, "askable": askable, "share_bytes_per_second": part}
+
+    cluster = {"site": "lyon", "node": "b", "engine_error": error, "wan_rate_bytes_per_second": rate}
+    alone = cluster | {"members": [member("b", askable=True, part=share)]}
+    assert cluster_line(alone) == "cluster lyon: b with no other member" + words
+    others = [member("a", askable=True), *alone["members"], member("c", askable=False)]
+    line = "cluster lyon: b with a, c (not asked)" + words
+    assert line in list(status_lines(STATUS | {"cluster": cluster | {"members": others}}))
 
 
 def test_an_unlimited_wan_and_a_quiet_service():

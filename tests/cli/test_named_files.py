@@ -14,6 +14,14 @@ from gup.errors import SettingsError
 from gup.files import FileError, read_file, trust
 
 LINE = "{535CB6A4-441F-4E8A-A897-804CD859100E}: Virus Definitions - SymAllLanguages\n"
+CLUSTER = """\
+[[upstream]]
+url = "https://127.0.0.1:9"
+[cluster]
+url = "rediss://127.0.0.1:9"
+site = "lyon"
+address = "http://127.0.0.1:9"
+"""
 HOOK = '[alarms]\nwebhook = "https://127.0.0.1:9/"\n'
 UPSTREAM = '[[upstream]]\nurl = "https://127.0.0.1:9"\n'
 
@@ -32,6 +40,9 @@ SETTINGS = {
     "listen.admin_cert_file": UPSTREAM + '[listen]\nadmin_cert_file = "{file}"\nadmin_key_file = "{key}"\n',
     "listen.admin_key_file": UPSTREAM + '[listen]\nadmin_cert_file = "{cert}"\nadmin_key_file = "{file}"\n',
     "catalog.file": UPSTREAM + '[catalog]\nfile = "{file}"\n',
+    "cluster.ca_file": CLUSTER + 'secret_file = "{secret}"\nca_file = "{file}"\n',
+    "cluster.password_file": CLUSTER + 'secret_file = "{secret}"\npassword_file = "{file}"\n',
+    "cluster.secret_file": CLUSTER + 'secret_file = "{file}"\n',
     "alarms.webhook_secret_file": UPSTREAM + HOOK + 'webhook_secret_file = "{file}"\n',
     "alarms.webhook_ca_file": UPSTREAM
     + HOOK
@@ -47,6 +58,9 @@ REMEDY = {
     "alarms.webhook_secret_file": "must be whsec_ and 24 to 64 random bytes in base64",
     "alarms.webhook_ca_file": "it must hold certificates, in PEM",
     "catalog.file": "it must be a manager's ContentInfo.txt",
+    "cluster.ca_file": "it must hold certificates, in PEM",
+    "cluster.password_file": "it must hold the engine's password, in one line",
+    "cluster.secret_file": "such as made by: openssl rand",
 }
 HARM = {
     "missing": "No such file or directory",
@@ -78,10 +92,12 @@ def harm(how: str, file: Path) -> None:
 def settings_of(setting: str, folder: Path, certificate: tuple[bytes, bytes]) -> tuple[Path, Path]:
     """The settings' file, and the file that its setting names."""
     file, cert, key = folder / "named", folder / "good.pem", folder / "good.key"
+    secret = folder / "secret"
+    secret.write_text("a-secret-of-some-length\n")
     cert.write_bytes(certificate[0])
     key.write_bytes(certificate[1])
     settings = folder / "gup.toml"
-    settings.write_text(SETTINGS[setting].format(file=file, cert=cert, key=key))
+    settings.write_text(SETTINGS[setting].format(file=file, cert=cert, key=key, secret=secret))
     return settings, file
 
 
@@ -117,6 +133,7 @@ def test_the_table_has_every_setting_that_names_a_file_to_read():
 def test_right_files_pass(tmp_path, certificate, setting):
     settings, file = settings_of(setting, tmp_path, certificate)
     contents = {"upstream#1.ca_file": certificate[0], "listen.admin_cert_file": certificate[0]}
+    contents |= {"cluster.ca_file": certificate[0]}
     contents |= {"listen.admin_key_file": certificate[1], "catalog.file": LINE.encode()}
     contents |= {"alarms.webhook_ca_file": certificate[0]}
     contents["alarms.webhook_secret_file"] = b"whsec_" + b"a" * 32 + b"\n"

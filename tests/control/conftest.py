@@ -18,6 +18,7 @@ from blockbuster import blockbuster_ctx
 from harness.private import private_counters
 
 from gup.cache.locks import Claims
+from gup.cache.purges import Purges
 from gup.cache.records import ChunkSums, FillState, Head, Phase, Record
 from gup.cache.store import Store
 from gup.config import Settings
@@ -68,6 +69,7 @@ class World:
     now: float = 2_000_000.0
     installed_at: float = 2_000_000.0 - 86400
     epochs: int = 0
+    purged: int = 0
     store_bytes: list[int] = field(default_factory=list)
     workers: list[dict[str, object]] = field(
         default_factory=lambda: [{"slot": 0, "pid": 4711, "up_since": 1_999_000.0, "ready": True}]
@@ -127,6 +129,10 @@ class World:
     def totals(self) -> dict[str, int]:
         return {name: self.counters.words[at] for at, name in enumerate(layout(["manager"]))}
 
+    def share_purge(self, number: int) -> None:
+        self.purged = number
+        self.raise_epoch()
+
     def raise_epoch(self) -> None:
         self.epochs += 1
 
@@ -177,9 +183,12 @@ class World:
             since_start=self.totals,
             stream_names=lambda: self.streams,
             raise_store_epoch=self.raise_epoch,
+            purges=Purges(self.store.run, lambda: self.purged),
+            share_purge=self.share_purge,
             set_store_bytes=self.store_bytes.append,
             promised_bytes=lambda: 0,
             wan_rate=lambda: self.wan_rate,
+            site_rate=lambda: self.wan_rate,
             workers=lambda: self.workers,
             config_ok=lambda: self.config_ok,
             reload=self.reload,

@@ -29,6 +29,7 @@ WELL = {
     "config_ok": True,
     "last_seen": 999_000.0,
     "addresses": "full",
+    "cluster": (),
     "unsent": (),
 }
 
@@ -45,6 +46,7 @@ class Collector(AlarmCollector):
             wan_rate=lambda: 100,
             fills_waiting=lambda: 3,
             config_ok=lambda: known.config_ok,
+            cluster=SimpleNamespace(findings=lambda: known.cluster),
         )
         settings = SimpleNamespace(
             upstream=[SimpleNamespace(name=name) for name in known.upstreams],
@@ -100,6 +102,7 @@ OVERDUE = (
     "here is 260102001"
 )
 UNSURE = "upstream-unsure-end"
+OF_A_CLUSTER = ("name-taken", "engine-away", "member-unreachable", "member-unlike", "row-forged")
 # fmt: off
 SICK: list[tuple[str, dict, str, str]] = [
     ("upstream-down", {"upstreams": {"a": DOWN_A, "b": UP_B}}, "a", "a is down; others are asked (refused)"),
@@ -129,6 +132,7 @@ SICK: list[tuple[str, dict, str, str]] = [
      "the catalogue of a can't be read: a answered 404"),
     ("unsure-end", {"failures": ((UNSURE, NOW - 601, "old"), (UNSURE, NOW, "a sent 5 bytes"))}, "",
      "a sent 5 bytes"),
+    *((name, {"cluster": [(name, "b", "something")]}, "b", "something") for name in OF_A_CLUSTER),
     ("wan-full", {"wan_used": 96}, "", "the WAN is full (100 B/s), and 3 fills wait"),
     ("clients-silent", {"last_seen": NOW - 90_000}, "",
      "no client has sent a request for 1 d 1 h; 5 did within the last week"),

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from gup.cache.purges import Selection
 from gup.cache.records import FillState, Phase
 from gup.cache.recovery import Recovery
 from gup.content.key import Kind
+from gup.control import eviction
 from gup.control.dependencies import BusyError, change, to_its_end
 
 OLD, NEW = b"the old body", b"the new generation"
@@ -59,9 +61,7 @@ async def test_a_purge_waits_for_the_fill_and_removes_what_that_has_stored(world
     assert not world.store.record_path(key).exists()
 
 
-@pytest.mark.parametrize(
-    ("method", "path"), [("DELETE", ""), ("PUT", "/pin"), ("DELETE", "/pin")], ids=["purge", "pin", "unpin"]
-)
+@pytest.mark.parametrize(("method", "path"), [("PUT", "/pin"), ("DELETE", "/pin")], ids=["pin", "unpin"])
 async def test_what_is_claimed_for_longer_is_told_and_left_as_it_is(
     world, browser, monkeypatch, method, path
 ):
@@ -78,6 +78,60 @@ async def test_what_is_claimed_for_longer_is_told_and_left_as_it_is(
         world.worker_claims.release(record.key.claim_offset)
         assert world.store.load(record.key) == record
         assert world.store.open_body(record) is not None
+
+
+async def test_what_is_claimed_for_longer_is_purged_as_soon_as_it_is_free(world, browser, monkeypatch):
+    monkeypatch.setattr(eviction, "PATIENCE_SECONDS", 0.0)
+    record = world.commit(body=OLD)
+    async with world.running() as control:
+        url = f"{world.url}/api/v1/content/{record.key.text}"
+        assert world.worker_claims.try_claim(record.key.claim_offset)
+        async with browser.delete(url) as answer:
+            assert (answer.status, (await answer.json())["freed_bytes"]) == (200, 0)
+        assert control.state.dependencies.purges.name(record.key, Kind.FULL, record.order)
+        fresh = replace(record, order=control.state.dependencies.purges.now)
+        assert not control.state.dependencies.purges.name(record.key, Kind.FULL, fresh.order)
+        world.worker_claims.release(record.key.claim_offset)
+        await world.until(lambda: not world.store.body_path(record.key).exists())
+        await world.until(lambda: record.key.text not in control.state.index.rows)
+
+
+async def test_on_a_full_disk_what_is_purged_makes_room_for_the_note(world, monkeypatch):
+    record, added = world.commit(body=OLD), []
+
+    def add_purge(run, purge):
+        if not added:
+            added.append(purge)
+            raise OSError(28, "No space left on device")
+        assert not world.store.body_path(record.key).exists()
+        real(run, purge)
+
+    real = eviction.add_purge
+    monkeypatch.setattr(eviction, "add_purge", add_purge)
+    async with world.running() as control:
+        assert await control.state.evictor.purge(record.key) == len(OLD)
+        assert control.state.dependencies.purges.now == added[0].number
+        assert not control.state.index.rows
+
+
+@pytest.mark.parametrize("died", [False, True], ids=["it lives", "the controller died"])
+async def test_a_body_that_is_fetched_after_the_purge_stays(world, died):
+    """Also when the files of an earlier one could not be removed at once."""
+    record = world.commit(body=OLD)
+    async with world.running() as control:
+        assert world.worker_claims.try_claim(record.key.claim_offset)
+        assert await control.state.evictor.purge_all([record.key], Selection(pattern="*")) == (1, 0)
+        if not died:
+            number = control.state.dependencies.purges.now
+            fresh = replace(record, order=number)
+            world.worker_store.save(fresh)
+            world.worker_claims.release(record.key.claim_offset)
+            await world.until(lambda: not control.state.evictor._left)
+            assert world.store.load(record.key) == fresh
+            return
+    world.worker_claims.release(record.key.claim_offset)
+    async with world.running():
+        await world.until(lambda: not world.store.body_path(record.key).exists())
 
 
 async def test_the_pin_of_a_new_generation_is_written_when_the_claim_is_free(world, refused):

@@ -11,7 +11,7 @@ from gup.control.entry_table import EntryTable, Row
 from gup.control.exposition import gauges
 from gup.control.state import ControlState
 
-ROWS, CLIENTS = 20_000, 20_000
+ROWS, CLIENTS = 8_000, 8_000
 MONIKERS = [f"{{{number:08X}-441F-4E8A-A897-804CD859100E}}" for number in range(50)]
 
 

@@ -18,7 +18,7 @@ from gup.control.notifications import (
     Outbox,
     retry_seconds,
 )
-from gup.control.webhook import NotAcceptedError, signatures
+from gup.control.receivers import NotAcceptedError, signatures
 
 NOW = 1_700_000_000.25
 

@@ -95,6 +95,8 @@ async def space_of(worker: Worker, max_size: int) -> Evictor:
         counters=dependencies.counters,
         mend=unmended,
         raise_store_epoch=dependencies.raise_store_epoch,
+        purges=dependencies.purges,
+        share_purge=worker.share_purge,
         set_store_bytes=lambda _: None,
         promised_bytes=lambda: 0,
         drop_memory=lambda _key: 0,

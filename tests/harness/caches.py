@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.content import MONIKER
 from harness.internals import (
+    CLOCK_WORDS,
     CUT,
     FAILURE_WORDS,
     ROW_WORDS,
@@ -19,12 +20,16 @@ from harness.internals import (
     ClientCounts,
     FillDependencies,
     FillQueue,
+    Members,
     MemoryFiles,
     NegativeCache,
     Opened,
     Pool,
+    Purge,
+    Purges,
     Route,
     Routes,
+    Selection,
     Settings,
     ShortJobs,
     Slots,
@@ -33,6 +38,7 @@ from harness.internals import (
     Streams,
     Variant,
     Wan,
+    add_purge,
 )
 from harness.private import private_backlog, private_counters, private_turns
 
@@ -40,6 +46,8 @@ _MEMORY: dict[Path, "memoryview[int]"] = {}
 """The table of memory files of all workers on one directory."""
 _FAILURES: dict[Path, "memoryview[int]"] = {}
 """Their table of failures."""
+_PURGED: dict[Path, int] = {}
+"""Their highest number of a purge."""
 
 
 @dataclass
@@ -59,6 +67,16 @@ class Worker:
             return await read(opened.body)
         finally:
             opened.body.leave()
+
+    def purge(self, **selected: str) -> None:
+        """Note a purge as the controller does, for all workers on the directory; no file is removed."""
+        number = max(self.dependencies.purges.now + 1, int(time.time() * 1000))
+        add_purge(self.dependencies.store.run, Purge(number, time.time(), Selection(**selected)))
+        self.share_purge(number)
+
+    def share_purge(self, number: int) -> None:
+        _PURGED[self.dependencies.store.root] = number
+        self.dependencies.raise_store_epoch()
 
     def failed(self, path: str) -> bool:
         """Whether a failure of this path stands."""
@@ -118,7 +136,7 @@ async def working(
     store.prepare()
     names = [upstream.name for upstream in settings.upstream]
     counters = private_counters(names)
-    words = memoryview(bytearray(16)).cast("Q")
+    words = memoryview(bytearray(8 * CLOCK_WORDS)).cast("Q")
     wan = Wan(words, 0, private_turns(), lambda: settings.wan.rate, store.run / "wan.lock")
     pool = Pool(settings.upstream, counters, wan, user_agent="gup/test", via="1.1 test (gup)")
     executor = ThreadPoolExecutor(8)
@@ -148,6 +166,7 @@ async def working(
         store=store,
         claims=claims,
         pool=pool,
+        members=Members(counters),
         counters=counters,
         queue=queue,
         space=Space(
@@ -168,6 +187,7 @@ async def working(
         failures=NegativeCache(
             _FAILURES.setdefault(root, memoryview(bytearray(8 * FAILURE_WORDS * 16)).cast("Q")), nullcontext
         ),
+        purges=Purges(store.run, lambda: _PURGED.get(root, 0)),
         misses=ClientCounts.alone(),
         streams=Streams(store.run / "streams"),
         executor=executor,
@@ -191,6 +211,7 @@ async def working(
     finally:
         await cache.stop()
         await pool.close()
+        await dependencies.members.close()
         dependencies.short.close()
         executor.shutdown(wait=True)
         wan.close()

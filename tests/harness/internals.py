@@ -11,6 +11,7 @@ from gup.cache.inflight import FillDependencies
 from gup.cache.locks import Claims, Slots
 from gup.cache.memory_files import ROW_WORDS, MemoryFiles
 from gup.cache.negative_cache import FAILURE_WORDS, NegativeCache
+from gup.cache.purges import Purge, Purges, Selection, add_purge
 from gup.cache.records import CHUNK_BYTES, ChunkSums, FillState, Head, Record, chunk_sum
 from gup.cache.recovery import Recovery
 from gup.cache.scheduler import GROUPS, Backlog, FillQueue
@@ -34,5 +35,6 @@ from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
 from gup.server.listener import Listener
 from gup.server.policy import Policy
-from gup.upstream.bandwidth import Turns, Wan
+from gup.upstream.bandwidth import CLOCK_WORDS, Turns, Wan
+from gup.upstream.members import Members
 from gup.upstream.pool import Pool

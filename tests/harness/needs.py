@@ -79,6 +79,7 @@ NEEDS = {
     "docker-compose": _package("docker-compose"),
     "ext4": _package("e2fsprogs", "mkfs.ext4"),
     "groff": _package("groff"),
+    "haproxy": _package("haproxy"),
     "lintian": _package("lintian"),
     "loop": Need("root and loop devices", (), _can_loop),
     "machine": Need(

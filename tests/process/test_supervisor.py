@@ -82,6 +82,22 @@ def test_a_worker_that_is_never_ready_is_killed_and_started_again(service):
     running.until("worker 0 started")
 
 
+@pytest.mark.parametrize("early", [signal.SIGHUP, signal.SIGUSR2])
+def test_systemd_hears_of_no_readiness_before_the_first_worker_is_ready(service, tmp_path, early):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        told = {"FAKE_NEVER_READY": "worker", "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        started = service(environment=told, ready=False)
+        started.until("worker 1 started")
+        started.signal(early)
+        started.until("settings reloaded" if early is signal.SIGHUP else "takes over the service")
+        started.stop()
+        heard = []
+        while not heard or not heard[-1].startswith("STOPPING=1"):
+            heard.append(systemd.recv(4096).decode())
+    assert [text.partition("=")[0] for text in heard] == ["RELOADING", "STOPPING"]
+
+
 def test_sigterm_drains_and_ends_with_0(service):
     running = service()
     client = running.connect()

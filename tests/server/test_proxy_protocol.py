@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gup.errors import Problem
+from gup.server.connection import close_by_reset
 from gup.server.proxy_protocol import MAX_HEADER_BYTES, SIGNATURE, client_in, missing_bytes
 
 
@@ -259,9 +260,12 @@ async def test_a_header_that_does_not_come_in_a_second_ends_the_connection(proxy
         writer.close()
 
 
-async def test_a_proxy_that_leaves_in_the_middle_of_a_header(proxy):
+@pytest.mark.parametrize("by_reset", [False, True])
+async def test_a_proxy_that_leaves_in_the_middle_of_a_header(proxy, by_reset):
     for end in (0, 1, 15, 16, 27):
         _, writer = await proxy.connect()
+        if by_reset:
+            close_by_reset(writer.get_extra_info("socket"))
         writer.write(proxy_header("10.1.2.3")[:end])
         writer.close()
     await ended(proxy)

@@ -39,6 +39,8 @@ def test_one_conditional_request_per_ttl_for_the_whole_machine_and_stale_while_n
     gup, upstream = serve(before=nginx, cache={"index_ttl": "500ms", "error_ttl": "500ms"})
     began = time.monotonic()
     answers = hammer(gup, 1.7)
+    while len(upstream.log(INDEX)) < 3:  # on a busy machine each takes longer
+        answers += hammer(gup, 0.5)
     took = time.monotonic() - began
     assert (len(answers) > 50, set(answers)) == (True, {(200, CONTENT_INFO)})
     first, *later = upstream.log(INDEX)

@@ -121,7 +121,7 @@ def test_a_program_that_can_not_take_over_leaves_the_old_one_serving(serve, inst
         (service.folder / "gup.toml").write_text(toml(settings | {"log": {"level": "loud"}}))
         assert "log.level" in refused()
         (service.folder / "gup.toml").write_text(toml(settings))
-        installed("process/shared_memory.py", "PAGE_FORMAT = 1", "PAGE_FORMAT = 2")
+        installed("process/shared_memory.py", "PAGE_FORMAT = ", "PAGE_FORMAT = 1000 + ")
         assert "restart the service instead" in refused()
         installed.restore()
         installed("process/worker.py", "        gc.freeze()", "        import os; os._exit(1)")

@@ -9,7 +9,7 @@ from harness.private import private_counters, private_turns
 from harness.upstreams import ScriptedUpstream
 
 from gup.config import Settings
-from gup.upstream.bandwidth import Wan
+from gup.upstream.bandwidth import CLOCK_WORDS, Wan
 from gup.upstream.health import Board
 from gup.upstream.pool import Pool
 
@@ -53,7 +53,7 @@ def pool_of(tmp_path, clock, upstreams) -> Callable:
     async def make(*tables: dict) -> AsyncIterator[Pool]:
         settings = upstreams(*tables)
         names = [one.name for one in settings]
-        words = memoryview(bytearray(16)).cast("Q")
+        words = memoryview(bytearray(8 * CLOCK_WORDS)).cast("Q")
         wan = Wan(words, 0, private_turns(), lambda: 0, tmp_path / "wan.lock")
         pool = Pool(
             settings,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 from harness.virtual_time import in_virtual_time
 
-from gup.upstream.bandwidth import NOBODY, Share, Turns, Wan, rank
+from gup.upstream.bandwidth import CLOCK_WORDS, NOBODY, Share, Turns, Wan, rank
 
 PIECE_BYTES = 64 * 1024
 
@@ -15,7 +15,7 @@ PIECE_BYTES = 64 * 1024
 @contextmanager
 def processes(tmp_path, count, rate, alive=lambda _block: True):
     """As many Wans as there would be processes, on the same words and lock."""
-    clock = memoryview(bytearray(16)).cast("Q")
+    clock = memoryview(bytearray(8 * CLOCK_WORDS)).cast("Q")
     turns = memoryview(bytearray(8 * count)).cast("Q")
     wans = [Wan(clock, 0, Turns(turns, n, alive), lambda: rate[0], tmp_path / "lock") for n in range(count)]
     try:

@@ -10,6 +10,7 @@ from harness.upstreams import Answer
 
 from gup.upstream.bandwidth import Wan
 from gup.upstream.download import Download
+from gup.upstream.members import Members
 from gup.upstream.session import Ask
 
 BODY = noise("download", 600_000)
@@ -50,9 +51,15 @@ async def test_reads_that_are_cancelled_lose_nothing(pool_of, upstream, monkeypa
     monkeypatch.setattr(Wan, "pay", pay)
     async with pool_of({"name": "one", "url": upstream.url}) as pool:
         ask, counters = Ask(path=BIG, purpose="fill"), private_counters(["one"])
-        download = Download(pool, pool.upstreams, ask, counters, immutable=True, reread=reread)
+
+        async def wan():
+            return pool.upstreams, ()
+
+        members = Members(counters)
+        download = Download(pool, members, wan, ask, counters, immutable=True, reread=reread)
         assert (await download.begin()).status == 200
         got, stops = await read_with_stops(download, chance)
         download.close()
+        await members.close()
     assert got == BODY
     assert stops > 0

@@ -11,7 +11,7 @@ import pytest
 from harness.private import private_turns
 
 from gup.upstream import bandwidth
-from gup.upstream.bandwidth import ReceiveWindow, Wan, window_bytes
+from gup.upstream.bandwidth import CLOCK_WORDS, ReceiveWindow, Wan, window_bytes
 
 KB, MIB, UNBOUNDED = 1000, 1 << 20, 1 << 30
 SEGMENT = 1448
@@ -48,7 +48,7 @@ def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
 
 @contextmanager
 def window_of(client: socket.socket, rate: list[int], tmp_path) -> Iterator[ReceiveWindow]:
-    words = memoryview(bytearray(16)).cast("Q")
+    words = memoryview(bytearray(8 * CLOCK_WORDS)).cast("Q")
     wan = Wan(words, 0, private_turns(), lambda: rate[0], tmp_path / "wan.lock")
     with closing(wan):
         yield ReceiveWindow(wan, client)

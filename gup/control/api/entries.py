@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 from aiohttp import web
 from pydantic import Field, model_validator
 
+from gup.cache.purges import Selection, is_language, is_same
 from gup.content.catalog import Label, Stream
-from gup.content.key import ContentKey, Kind, delta_step
+from gup.content.key import ContentKey, Kind, content_revision, delta_step
 from gup.content.languages import parse_language
 from gup.control.api import schemas
 from gup.control.api.endpoint import Count, Endpoint, Request, Seconds, Text
@@ -22,7 +23,6 @@ from gup.control.entry_table import (
     EntryTable,
     Place,
     Row,
-    content_revision,
     row_of,
     stream_of,
 )
@@ -124,8 +124,11 @@ async def entry(state: ControlState, path: Key) -> schemas.EntryWithRecord:
 
 
 async def purge(state: ControlState, path: Key) -> schemas.Purged:
-    """Remove an entry, pinned or not, and its parts; open readers continue."""
-    known = path.key.text in state.index.rows
+    """Remove an entry, pinned or not, and its parts; open readers continue.
+
+    Nothing that was fetched before is served from now on: a fill under way goes on for those that read it.
+    """
+    known = path.key.text in state.index.rows or state.dependencies.claims.taken(path.key.claim_offset)
     freed = await state.evictor.purge(path.key)
     if not freed and not known:
         raise _not_found(path.key)
@@ -133,7 +136,11 @@ async def purge(state: ControlState, path: Key) -> schemas.Purged:
 
 
 async def purge_all(state: ControlState, query: Purge) -> schemas.PurgedEntries:
-    """Remove all entries that a filter selects, and their parts; open readers continue."""
+    """Remove all entries that a filter selects, and their parts; open readers continue.
+
+    Fills under way that it selects go on for those that read them, and are not stored. A filter by times
+    selects what is stored now alone.
+    """
     if not query.is_given:
         raise web.HTTPBadRequest(text="give a filter: pattern=* matches everything that is not pinned")
     found = await chosen(state.index.rows, query, labels_of(state), state.clock())
@@ -141,7 +148,7 @@ async def purge_all(state: ControlState, query: Purge) -> schemas.PurgedEntries:
     entries, freed_bytes = len(due), sum(row.length_bytes for row in due)
     if query.dry_run == "0":
         keys = [ContentKey.parse(row.key) for row in due]
-        entries, freed_bytes = await state.evictor.purge_all(keys)
+        entries, freed_bytes = await state.evictor.purge_all(keys, await selection_of(state, query))
     return schemas.PurgedEntries(
         dry_run=query.dry_run == "1",
         entries=entries,
@@ -149,6 +156,29 @@ async def purge_all(state: ControlState, query: Purge) -> schemas.PurgedEntries:
         pinned=len(found) - len(due),
         busy=len(due) - entries,
     )
+
+
+async def selection_of(state: ControlState, query: Purge) -> Selection | None:
+    """What a purge selects, stored here or not; None when that depends on times."""
+    if query.older_than is not None or query.unused_for is not None:
+        return None
+    labelled, streams = (query.product, query.version, query.language), list[Stream]()
+    if any(part is not None for part in labelled):
+        every = {*state.index.rows.streams(), *state.dependencies.catalogue_rows().streams()}
+        label = labels_of(state)
+        for stream in every:
+            found = label(stream, "")
+            version, language, _ = stream
+            if (
+                is_same(query.product, found.product)
+                and is_same(query.version, version, found.version)
+                and is_language(query.language, language, found.language)
+            ):
+                streams.append(stream)
+    given = query.model_dump(
+        include={"kind", "stream", "revision", "pattern", "product", "version", "language"}
+    )
+    return Selection(**given, streams=tuple(sorted(streams)), pinned=query.pinned == "1")
 
 
 async def pin(state: ControlState, path: Key) -> schemas.Pinned:

@@ -211,6 +211,25 @@ class KeyNote(Response):
     seconds: float = 0.0
 
 
+class ClusterMember(Response):
+    name: str
+    address: str
+    askable: bool = Field(description="Whether this node asks it; true for itself.")
+    share_bytes_per_second: int | None = Field(description="Of the WAN's rate; None while it has no grant.")
+    totals: dict[str, int] = Field(description="Counters since it was installed, by metric.")
+
+
+class Cluster(Response):
+    site: str | None = Field(description="None: this gup is alone.")
+    node: str
+    alone: bool = Field(
+        description="Whether it has no part in the cluster: no settings, or its name is taken."
+    )
+    engine_error: str | None = Field(description="Why the engine does not answer; None when it does.")
+    wan_rate_bytes_per_second: int | None = Field(description="The site's now; None: unlimited.")
+    members: list[ClusterMember] = Field(description="This node too, by name.")
+
+
 class Status(Response):
     site: str
     version: str
@@ -232,6 +251,7 @@ class Status(Response):
     scrub: Scrub
     reload: Reload
     alarms: list[Alarm]
+    cluster: Cluster | None = Field(description="None: this gup is alone.")
     failures: list[FailedFill]
     malformed_events: int
 
@@ -357,7 +377,7 @@ class PurgedEntries(Response):
     entries: int = Field(description="Entries purged, or with a dry run those that would be.")
     freed_bytes: int
     pinned: int = Field(description="Skipped because they are pinned.")
-    busy: int = Field(description="Skipped because another process used them.")
+    busy: int = Field(description="Skipped, with a filter by times, because another process used them.")
 
 
 class Pinned(Response):

@@ -84,6 +84,7 @@ async def status(state: ControlState) -> schemas.Status:
         scrub=state.scrubber.progress(),
         reload=schemas.Reload(successful=process.config_ok()),
         alarms=state.alarms,
+        cluster=await cluster(state) if process.cluster is not None else None,
         failures=list(state.failures),
         malformed_events=state.malformed_events,
     )
@@ -99,6 +100,44 @@ async def fills(state: ControlState) -> schemas.Fills:
 async def upstreams(state: ControlState) -> schemas.Upstreams:
     """Upstreams and their health."""
     return schemas.Upstreams(upstreams=_upstreams(state))
+
+
+async def cluster(state: ControlState) -> schemas.Cluster:
+    """The members of the cluster as this node sees them, and their shares of the WAN's rate."""
+    control, settings = state.dependencies.cluster, state.settings
+    rate = state.dependencies.site_rate() or None
+    if control is None:
+        return schemas.Cluster(
+            site=None,
+            node=settings.site.name,
+            alone=True,
+            engine_error=None,
+            wan_rate_bytes_per_second=rate,
+            members=[],
+        )
+    asked = {member.name: member for member in control.published.others}
+    members = []
+    for name, row in sorted(control.rows().items()):
+        own = name == control.node
+        if not own and name not in asked:
+            continue
+        members.append(
+            schemas.ClusterMember(
+                name=name,
+                address=settings.cluster.address or "" if own else asked[name].address,
+                askable=own or asked[name].askable,
+                share_bytes_per_second=(row.share or None) if row is not None else None,
+                totals=dict(row.totals) if row is not None else {},
+            )
+        )
+    return schemas.Cluster(
+        site=settings.cluster.site,
+        node=control.node,
+        alone=control.is_alone,
+        engine_error=control.engine_error,
+        wan_rate_bytes_per_second=rate,
+        members=members,
+    )
 
 
 async def alarms(state: ControlState) -> schemas.Alarms:
@@ -166,6 +205,7 @@ ENDPOINTS = (
     Endpoint("GET", "/api/v1/status", status),
     Endpoint("GET", "/api/v1/fills", fills),
     Endpoint("GET", "/api/v1/upstreams", upstreams),
+    Endpoint("GET", "/api/v1/cluster", cluster),
     Endpoint("GET", "/api/v1/alarms", alarms),
     Endpoint("GET", "/api/v1/config", config),
     Endpoint("GET", "/api/v1/rules/explain", explanation),

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from pydantic import Field
 
-from gup.content.key import ABSENT, ContentKey, Kind, Variant
+from gup.content.key import ABSENT, ContentKey, Kind, Variant, content_revision
 from gup.content.routes import path_of
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import Choices
@@ -17,7 +17,7 @@ from gup.control.api.endpoint import Endpoint, Request, Text
 from gup.control.api.entries import labels_of, shown
 from gup.control.api.maintenance import prefetch_row
 from gup.control.api.status import fills_under_way
-from gup.control.entry_table import content_revision, row_of, stream_of
+from gup.control.entry_table import row_of, stream_of
 from gup.control.state import ControlState
 from gup.errors import Problem
 from gup.units import bytes_in_words, time_in_words

@@ -20,11 +20,11 @@ from sortedcontainers import SortedList
 
 from gup.client_names import ClientNames, is_hashed, read_key
 from gup.content.catalog import CLIENT_PATCHES, Stream
-from gup.content.key import Kind, delta_step
+from gup.content.key import Kind, content_revision, delta_step
 from gup.content.releases import Releases
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
-from gup.control.entry_table import content_revision, stream_of
+from gup.control.entry_table import stream_of
 from gup.control.events import Part, Take, Taken
 from gup.control.eviction import JUMP_SECONDS
 from gup.control.stats.database import StatsDatabase
@@ -172,7 +172,7 @@ MAX_STREAMS = 1000
 KEPT_REVISIONS = 40
 """Takes are stored for this many newest revisions of each stream."""
 _SEE = """
-INSERT INTO clients(name, first_at, seen_at, version, language) VALUES(?1, ?2, ?2, ?3, ?4)
+INSERT INTO clients(name, first_at, seen_at, version, language) VALUES(:name, :at, :at, :version, :language)
 ON CONFLICT(name) DO UPDATE SET seen_at = max(seen_at, excluded.seen_at),
   version = coalesce(nullif(excluded.version, ''), version),
   language = coalesce(nullif(excluded.language, ''), language)
@@ -215,7 +215,10 @@ DELETE FROM takes WHERE (stream, revision) IN (SELECT stream, revision FROM (
 
 def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
     """Write a batch. Streams beyond MAX_STREAMS are left out."""
-    db.executemany(_SEE, [(name, *seen) for name, seen in batch.seen.items()])
+    members = ("name", "at", "version", "language")
+    db.executemany(
+        _SEE, [dict(zip(members, (name, *seen), strict=True)) for name, seen in batch.seen.items()]
+    )
     named = {stream for _, stream, *_ in batch.asked}
     db.executemany(_NAME_STREAM, [(*stream, MAX_STREAMS) for stream in named])
     streams = {row[1:]: row[0] for row in db.execute("SELECT id, version, language, moniker FROM streams")}

@@ -51,7 +51,14 @@ FIGURES = {
     "gup_fills_total": "fills.{outcome}",
 }
 """The sums of a minute or hour: a metric, and the name of its sum, with labels of the series in it."""
-METRICS = (*FIGURES, "gup_stream_sent_bytes_total", "gup_stream_received_bytes_total", STREAM_WASTED.name)
+METRICS = (
+    *FIGURES,
+    "gup_peer_sent_bytes_total",
+    "gup_peer_received_bytes_total",
+    "gup_stream_sent_bytes_total",
+    "gup_stream_received_bytes_total",
+    STREAM_WASTED.name,
+)
 """The metrics whose series make up a day."""
 EARLIER = ""
 """The day of everything counted before the days that are kept."""
@@ -245,13 +252,14 @@ def days_until(db: sqlite3.Connection | None, reading: Reading) -> dict[str, Cou
 
 def prune_days(db: sqlite3.Connection, oldest: str) -> None:
     """Add up the days before `oldest`."""
-    old = (EARLIER, oldest)
+    old = {"earlier": EARLIER, "oldest": oldest}
     db.execute(
-        "INSERT INTO days SELECT ?1, series, sum(value) FROM days WHERE day < ?2 AND day <> ?1 "  # noqa: S608
+        "INSERT INTO days SELECT :earlier, series, sum(value) FROM days "  # noqa: S608
+        "WHERE day < :oldest AND day <> :earlier "
         f"GROUP BY series {_ADD_TO_DAY}",
         old,
     )
-    db.execute("DELETE FROM days WHERE day < ?2 AND day <> ?1", old)
+    db.execute("DELETE FROM days WHERE day < :oldest AND day <> :earlier", old)
 
 
 # --- minutes and hours
@@ -334,11 +342,11 @@ def take_back(db: sqlite3.Connection, reading: Reading) -> None:
     Days and points are added to the present ones, so that they still add up to the counters.
     """
     for table, column in _TIMES:
-        db.execute(f"UPDATE {table} SET {column} = ?1 WHERE {column} > ?1", (reading.at,))  # noqa: S608
+        db.execute(f"UPDATE {table} SET {column} = :at WHERE {column} > :at", {"at": reading.at})  # noqa: S608
     db.execute(
-        "INSERT INTO days SELECT ?1, series, sum(value) FROM days WHERE day > ?1 "  # noqa: S608
+        "INSERT INTO days SELECT :today, series, sum(value) FROM days WHERE day > :today "  # noqa: S608
         f"GROUP BY series {_ADD_TO_DAY}",
-        (reading.today,),
+        {"today": reading.today},
     )
     db.execute("DELETE FROM days WHERE day > ?", (reading.today,))
     for step in KEPT:

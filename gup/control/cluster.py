@@ -1,0 +1,357 @@
+"""The cluster's control: beats at the engine, probes of members, the list and the share for the workers.
+
+Every 0.2 s one beat tells the engine of this node, and brings the others' rows, its share of the WAN's rate
+and new orders. Nothing here is waited for: when the engine is away, the list holds and each node takes its
+part.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from gup.cluster.beat import Beat, EngineError
+from gup.cluster.member_list import ALONE, Members
+from gup.cluster.membership import PROBE_SECONDS, PROTOCOL, Membership, Row, read_row, write_row
+from gup.cluster.share import GRANT_NS, Classes, Demand, floor, granted
+from gup.cluster.signing import Signer
+from gup.config import Cluster, Upstream
+from gup.upstream.probe import Alive, Prober
+
+if TYPE_CHECKING:
+    from gup.cluster.engine import Engine
+
+_log = logging.getLogger("gup.control.cluster")
+BEAT_SECONDS = 0.2
+_WATCH_SECONDS = 0.025
+"""Between two looks at who waits for the WAN."""
+_SETTLE_SECONDS = 1.5
+"""At the start: the longest wait for the first beat and the members' answers."""
+_LEAST_SECONDS = 0.02
+"""Between two beats."""
+_JUMP_MS = 1000
+_AWAY_SECONDS = 2.0
+_FORGED_SECONDS = 60.0
+_NAME_TAKEN = "another node with this name belongs to the cluster"
+_ALONE_AFTER_SECONDS = 1.5
+"""A controller that was started again finds the row of the one before."""
+
+
+def fingerprint(upstreams: Iterable[Upstream]) -> str:
+    """Of what nodes must have in common to fetch for each other: where which content comes from."""
+    rows = sorted([each.name, each.url, each.kind, each.version, each.language] for each in upstreams)
+    return hashlib.blake2b(json.dumps(rows).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class ClusterDependencies:
+    """What the cluster's control reads, and where it writes for the workers."""
+
+    settings: Cluster
+    upstreams: Callable[[], Iterable[Upstream]]
+    signer: Callable[[], Signer]
+    """As the secret file is now."""
+    rate: Callable[[], int]
+    """The site's WAN rate at this hour, bytes/s; 0: unlimited."""
+    paid: Callable[[], Classes]
+    """Bytes of the WAN since the start, by class."""
+    waiting: Callable[[], frozenset[int]]
+    """Classes that wait for the WAN now."""
+    totals: Callable[[], Mapping[str, int]]
+    publish: Callable[[Members], Awaitable[None]]
+    """Writes the list and tells the workers; OSError."""
+    set_share: Callable[[int, int], None]
+    """Bytes/s, and until which monotonic ns."""
+    set_most: Callable[[int], None]
+    time_offset: Callable[[], int]
+    set_time_offset: Callable[[int], None]
+    """What to add to the monotonic ms to have the engine's time; 0: unknown."""
+    known: Members = field(default_factory=lambda: ALONE)
+    """The list of an earlier run."""
+
+
+class ClusterControl:
+    """One node's part in the cluster. `run` goes on until it is cancelled; `leave` says goodbye."""
+
+    def __init__(
+        self,
+        dependencies: ClusterDependencies,
+        engine: "Engine",
+        prober: Prober,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._deps, self._engine, self._prober, self._clock = dependencies, engine, prober, clock
+        settings, known = dependencies.settings, dependencies.known
+        self.node = settings.node
+        self.membership = Membership(
+            self.node,
+            fingerprint(dependencies.upstreams()),
+            settings.member_timeout,
+            clock(),
+            known.others,
+            known.most if known.node == self.node else 0,
+        )
+        self._demand, self._wanted = Demand(), (0, 0, 0)
+        self._start, self._grant, self.share = 0, 0, 0
+        self._granted_until_ns = 0
+        self._answered_at, self._error = clock(), ""
+        self._ever_answered = self._fell_back = False
+        self._taken_since: float | None = None
+        self._leaving = self._left = False
+        self._wake, self._changed = asyncio.Event(), asyncio.Event()
+        self._published: Members | None = None
+        self.forged, self._forged_at = 0, 0.0
+        """Rows and orders in the engine that no member signed."""
+        self.beats = 0
+        self._own: Row | None = None
+
+    # --- life
+
+    async def run(self) -> None:
+        self._deps.set_most(self.membership.most(self._clock()))
+        jobs = (self._keep_beating(), self._keep_probing(), self._watch(), self._keep_publishing())
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                group.create_task(job)
+
+    def apply(self) -> None:
+        """The settings were read again: the upstreams may be others."""
+        self.membership.fingerprint = fingerprint(self._deps.upstreams())
+
+    def leave(self) -> None:
+        """Say goodbye: the others ask this node no more. It goes on beating, as its fills go on."""
+        self._leaving = True
+        self._wake.set()
+
+    async def close(self) -> None:
+        """Call it when `run` has ended; says goodbye if there was no time for it."""
+        if not self._left:
+            self._leaving = True
+            await self._beat()
+        await self._engine.close()
+        await self._prober.close()
+
+    # --- beats
+
+    async def _keep_beating(self) -> None:
+        while True:
+            began = self._clock()
+            self._wake.clear()
+            shrank = await self._beat()
+            if not shrank:  # else what it gave up is told at once
+                rest = BEAT_SECONDS - (self._clock() - began)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(rest, _LEAST_SECONDS)):
+                        await self._wake.wait()
+            await asyncio.sleep(_LEAST_SECONDS)
+
+    async def _beat(self) -> bool:
+        """One beat; whether the share has become smaller."""
+        deps, before = self._deps, self.share
+        asked_ns, rate = time.monotonic_ns(), deps.rate()
+        self._own = self._row(asked_ns)
+        try:
+            if not self._start:  # in the engine's time, as nodes' clocks differ
+                self._start = await self._engine.time_ms() * 1000 + random.randrange(1000)  # noqa: S311
+                asked_ns = time.monotonic_ns()
+                self._own = self._row(asked_ns)
+            beat = await self._engine.beat(
+                self.node,
+                deps.signer().seal(self._sealed_as(self.node), write_row(self._own)),
+                start=self._start,
+                rate=rate,
+                demand=self._wanted,
+                grant=self._grant,
+            )
+        except EngineError as error:
+            self._lost(str(error))
+            return False
+        self._take(beat, asked_ns, rate)
+        return self.share < before
+
+    def _sealed_as(self, name: str) -> str:
+        return f"row of {name}"
+
+    def _row(self, now_ns: int) -> Row:
+        deps = self._deps
+        return Row(
+            self.node,
+            self._start,
+            deps.settings.address or "",
+            PROTOCOL,
+            self.membership.fingerprint,
+            apart=now_ns >= self._granted_until_ns and self._ever_answered,
+            leaving=self._leaving,
+            share=self.share if now_ns < self._granted_until_ns else 0,
+            totals=deps.totals(),
+        )
+
+    def _lost(self, why: str) -> None:
+        self._error = why  # the alarm tells it, when it lasts
+        self.membership.engine_is_away()
+        if not self._ever_answered and not self._fell_back:
+            self._fell_back = True
+            most = self.membership.most(self._clock())
+            self._deps.set_share(floor(self._deps.rate(), most), time.monotonic_ns())
+        self._look()
+
+    def _take(self, beat: Beat, asked_ns: int, rate: int) -> None:
+        """What the engine has answered to the beat of `asked_ns`."""
+        now, now_ns = self._clock(), time.monotonic_ns()
+        self._error, self._answered_at, self.beats = "", now, self.beats + 1
+        self._left = self._own is not None and self._own.leaving
+        self._note_time(beat.time_ms, (asked_ns + now_ns) // 2)
+        if beat.grant is None:
+            self._taken_since = self._taken_since or now
+            self.share, self._granted_until_ns = 0, 0
+            self._look()
+            return
+        self._taken_since, self._ever_answered = None, True
+        self.membership.see(self._rows(beat), now)
+        most = self.membership.most(now)
+        self._deps.set_most(most)
+        self._grant = beat.grant
+        if rate > 0:
+            self.share = granted(beat.share, self.membership.without_grant(), most)
+            self._granted_until_ns = asked_ns + GRANT_NS
+            self._deps.set_share(max(1, self.share), self._granted_until_ns)
+        self._look()
+
+    def _rows(self, beat: Beat) -> Iterator[Row]:
+        signer = self._deps.signer()
+        for name, sealed in beat.rows.items():
+            row = read_row(signer.unseal(self._sealed_as(name), sealed))
+            if row is None or row.name != name:
+                self.forged, self._forged_at = self.forged + 1, self._clock()
+            else:
+                yield row
+
+    def _note_time(self, engine_ms: int, at_ns: int) -> None:
+        offset, known = engine_ms - at_ns // 1_000_000, self._deps.time_offset()
+        if not known or abs(offset - known) >= _JUMP_MS:
+            if known:
+                _log.warning("the engine's clock jumped by %d s", (offset - known) // 1000)
+            self._deps.set_time_offset(offset)
+
+    # --- demand
+
+    async def _watch(self) -> None:
+        """Follow how much of the WAN is wanted; where demand begins, a beat tells it at once."""
+        while True:
+            deps, before = self._deps, self._wanted
+            self._wanted = self._demand.look(
+                self._clock(), deps.paid(), deps.waiting(), self.share, deps.rate()
+            )
+            if any(now and not then for now, then in zip(self._wanted, before, strict=True)):
+                self._wake.set()
+            await asyncio.sleep(_WATCH_SECONDS)
+
+    # --- probes
+
+    async def _keep_probing(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                for member in self.membership.due(self._clock()):
+                    group.create_task(self._probe(member.name, member.address))
+                await asyncio.sleep(PROBE_SECONDS / 10)
+                self._look()
+
+    async def _probe(self, name: str, address: str) -> None:
+        deps, now_ms = self._deps, time.monotonic_ns() // 1_000_000
+        offset = deps.time_offset()
+        time_ms = now_ms + offset if offset else int(time.time() * 1000)
+        answer = await self._prober.probe(name, address, deps.signer(), time_ms, PROBE_SECONDS)
+        if isinstance(answer, Alive):
+            self.membership.answered(name, self._clock(), ready=answer.ready)
+            if not deps.time_offset() and answer.time_ms:  # without the engine, a member knows its time
+                deps.set_time_offset(answer.time_ms - time.monotonic_ns() // 1_000_000)
+        else:
+            self.membership.failed(name, answer.why, refused=answer.refused)
+
+    # --- what follows
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether another node has this one's name."""
+        since = self._taken_since
+        return since is not None and self._clock() - since >= _ALONE_AFTER_SECONDS
+
+    def members(self) -> Members:
+        """The list as it is for the workers."""
+        if self.is_alone:
+            return Members(self.node, most=self.membership.most(self._clock()))
+        return Members(self.node, self.membership.members(), most=self.membership.most(self._clock()))
+
+    def _look(self) -> None:
+        """Publish the list when it has changed, and keep a node alone to its floor of the rate."""
+        self.membership.look(self._clock())
+        if self._taken_since is not None and (rate := self._deps.rate()) > 0:
+            most = self.membership.most(self._clock())
+            self._deps.set_share(floor(rate, most), time.monotonic_ns() + GRANT_NS)
+        if self.members() != self._published:
+            self._changed.set()
+
+    async def _keep_publishing(self) -> None:
+        """The first list is published when it is complete: without a member its content would be fetched."""
+        began = self._clock()
+        while self._clock() - began < _SETTLE_SECONDS and not (
+            self._ever_answered and self.membership.is_complete
+        ):
+            await self._changed.wait()
+            self._changed.clear()
+        self._changed.set()
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            members = self.members()
+            self._deps.set_most(members.most)
+            try:
+                await self._deps.publish(members)
+            except OSError as error:
+                _log.warning("the list of members can't be written: %s", error.strerror)
+                await asyncio.sleep(PROBE_SECONDS)
+                continue
+            names = ", ".join(
+                f"{other.name}{'' if other.askable else ' (not asked)'}" for other in members.others
+            )
+            _log.info("members besides %s: %s", self.node, names or "none")
+            self._published = members
+
+    @property
+    def published(self) -> Members:
+        """The list that the workers have."""
+        return self._published or Members(self.node)
+
+    def findings(self) -> Iterator[tuple[str, str, str]]:
+        """Alarms: name, subject and text of each."""
+        now = self._clock()
+        if self._error and now - self._answered_at >= _AWAY_SECONDS:
+            others = len(self.membership.members())
+            text = f"the cluster's engine does not answer ({self._error}): the list of members holds"
+            yield "engine-away", "", f"{text}, {others} besides this one" if others else text
+        if self.is_alone:
+            text = f"{_NAME_TAKEN}, {self.node!r}: this one stays alone until that one is gone"
+            yield "name-taken", self.node, text
+        for name, why in self.membership.unreachable():
+            yield "member-unreachable", name, f"{self.node} can't reach {name} at {why}; it is passed over"
+        for name, why in self.membership.unlike():
+            yield "member-unlike", name, f"{self.node} does not ask {name}: {why}"
+        if self.forged and now - self._forged_at < _FORGED_SECONDS:
+            text = (
+                f"{self.forged} rows in the engine were not signed with this site's secret; they are ignored"
+            )
+            yield "row-forged", "", text
+
+    def rows(self) -> dict[str, Row | None]:
+        """Every member's last row, this one's too."""
+        return {**self.membership.rows(), self.node: self._own}
+
+    @property
+    def engine_error(self) -> str | None:
+        return self._error or None

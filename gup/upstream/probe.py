@@ -1,0 +1,63 @@
+"""Asks the members of a cluster directly whether they serve: `GET /readyz` at their own port, signed."""
+
+import asyncio
+from dataclasses import dataclass
+
+import aiohttp
+
+from gup.cluster.signing import Signer
+
+PATH = "/readyz"
+_MOST_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """The member answered; `ready` when it serves. `time_ms` is the engine's time as it knows it."""
+
+    ready: bool
+    time_ms: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """No answer of the member; `refused`: nobody listens at its address."""
+
+    why: str
+    refused: bool = False
+
+
+class Prober:
+    """Probes from one node; connections are kept."""
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._session: aiohttp.ClientSession | None = None
+
+    async def probe(
+        self, name: str, address: str, signer: Signer, time_ms: int, seconds: float
+    ) -> Alive | Failed:
+        """One question to `name`; takes at most so long."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(trust_env=False, cookie_jar=aiohttp.DummyCookieJar())
+        question = signer.ask(self._node, name, "GET", PATH, time_ms)
+        try:
+            async with (
+                asyncio.timeout(seconds),
+                self._session.get(address + PATH, headers=question.fields, allow_redirects=False) as response,
+            ):
+                await response.content.read(_MOST_BYTES)
+        except TimeoutError:
+            return Failed("it does not answer")
+        except aiohttp.ClientConnectorError as error:
+            refused = isinstance(error.os_error, ConnectionRefusedError)
+            return Failed(error.os_error.strerror or str(error.os_error), refused=refused)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return Failed(str(error)[:200] or type(error).__name__)
+        if not signer.verify_answer(question, response.status, response.headers.items()):
+            return Failed(f"its answer ({response.status}) is not signed by {name} with the cluster's secret")
+        return Alive(response.status == 200, int(response.headers.get("GUP-Time", "0")))
+
+    async def close(self) -> None:
+        if self._session is not None:
+            await self._session.close()
