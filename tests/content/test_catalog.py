@@ -128,6 +128,12 @@ def test_what_is_for_all_languages_is_so_in_every_catalogue(moniker, expected):
     assert catalogues().for_all_languages(moniker) is expected
 
 
+def test_listed_streams_may_be_stored_for_an_upstreams_clients_and_for_all():
+    variants = [("14.3 RU2", "French"), ("14.3 RU3", "English"), ("any", "any")]
+    expected = {(*variant, moniker) for variant in variants for moniker in (VIRUS, PATCH, MIXED)}
+    assert catalogues().streams() == expected
+
+
 IN_ENGLISH = Label("SEP Client Patch 14.3 RU3", "14.3 RU3", "English", CLIENT_PATCHES)
 IN_FRENCH = Label("SEP Client Patch 14.3 RU2", "14.3 RU2", "French", CLIENT_PATCHES)
 FOR_ALL = Label(DEFINITIONS, "12.1 RU6", "SymAllLanguages", "virus_definitions")

@@ -8,6 +8,7 @@ from coverage import Coverage
 
 PURE = (
     "gup/content/",
+    *(f"gup/cluster/{name}.py" for name in ("order", "share", "signing")),
     *(f"gup/server/{name}.py" for name in ("conditions", "proxy_protocol", "ranges", "request")),
 )
 """Decisions without I/O: nothing keeps a test from reaching each of their branches."""
