@@ -82,7 +82,7 @@ LONG = [(trouble, 30) for trouble in ("killed", "paused", "password")]
 
 
 @pytest.mark.parametrize(
-    ("trouble", "seconds"), [("paused", 3), *(pytest.param(*row, marks=pytest.mark.long) for row in LONG)]
+    ("trouble", "seconds"), [pytest.param(*row, marks=pytest.mark.long) for row in [("paused", 3), *LONG]]
 )
 def test_no_client_notices_that_the_engine_is_away(site, trouble, seconds):
     before = lists(site)

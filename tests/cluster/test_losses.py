@@ -49,6 +49,7 @@ def owned_by(name, count, size, *, names=("a", "b", "c")):
     return found
 
 
+@pytest.mark.long
 def test_a_fourth_node_joins_and_nothing_is_fetched_again(site):
     made = bodies(24, 50_000, 500_000)
     for path, body in made.items():
@@ -92,6 +93,7 @@ def resumes_elsewhere(site, client, made, tags):
     return right and tag == tags[client.target]
 
 
+@pytest.mark.long
 def test_a_member_whose_workers_are_killed_is_still_the_one_that_fetches(site):
     """Questions wait at its port, which the supervisor holds, until new workers answer them."""
     made = owned_by("a", 4, 300_000)

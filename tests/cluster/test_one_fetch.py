@@ -119,6 +119,7 @@ def test_who_comes_during_the_fills_or_asks_for_ranges_far_ahead_costs_nothing(s
     crossed_once(site, made)
 
 
+@pytest.mark.long
 def test_index_files_and_the_catalogue_cross_once_a_ttl(tmp_path):
     """The controllers of all nodes read the catalogue, too."""
     paths = {INDEX: CONTENT_INFO, content_path("minitri.flg"): b"x" * 500}

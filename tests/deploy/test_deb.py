@@ -165,6 +165,7 @@ def test_it_is_installed_started_and_upgraded_while_clients_are_served(package, 
         assert not {path for path in here.changes() - installed if path.startswith("/usr/lib/gup/")}
 
 
+@pytest.mark.long
 def test_it_outlives_wrong_settings_and_is_removed_and_purged(package, tmp_path):
     with machine(tmp_path / "machine") as here:
         here.run("dpkg", "--install", here.put(package))

@@ -138,6 +138,7 @@ def test_what_makes_a_run_fail(load, manager, tmp_path, mode, options, missed):
         assert "other bytes than published" in said
 
 
+@pytest.mark.long
 def test_several_workers_are_one_run(load, manager, tmp_path):
     port = free_port()
     work = ["-m", "locust", "--locustfile", LOCUSTFILE, "--worker", "--master-port", port]
@@ -235,6 +236,7 @@ def test_the_command_starts_and_ends_everything(tmp_path):
     assert charts_of(folder, "Roaming").exists()
 
 
+@pytest.mark.long
 def test_the_command_is_interrupted(tmp_path):
     with start(*COMMAND, "Morning", folder=tmp_path) as process:
         next(line for line in process.stderr if "Morning: 2 clients" in line)
