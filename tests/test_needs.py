@@ -31,6 +31,10 @@ def test_that_needs_one_thing(number): raise AssertionError("it ran")
 @pytest.mark.needs("away")
 def test_that_needs_more(): raise AssertionError("it ran")
 """
+PART_OF_A_RUN = """
+def pytest_configure(config):
+    config.workerinput = {}  # what pytest-xdist gives its processes
+"""
 WRONG = """
 import pytest
 from harness.needs import program
@@ -46,9 +50,10 @@ def test_undeclared(): program("no-such-program")
 def run(folder: Path, tests: str, *arguments: str, env: Mapping[str, str]) -> tuple[int, str]:
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = needs\n")
+    (folder / "part_of_a_run.py").write_text(PART_OF_A_RUN)
     (folder / "test_it.py").write_text(tests)
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments, folder]
-    plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(ROOT / "tests")}
+    plain = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{folder}"}
     done = subprocess.run(
         command,
         cwd=folder,
@@ -60,11 +65,13 @@ def run(folder: Path, tests: str, *arguments: str, env: Mapping[str, str]) -> tu
     return done.returncode, done.stdout.decode()
 
 
-def test_what_is_missing_is_told_at_the_end_for_all_processes_together(tmp_path):
-    """And of several runs, as `make test` is."""
+def test_what_is_missing_is_told_at_the_end_of_each_run_with_those_before_it(tmp_path):
+    """As `make test` has several. A process of pytest-xdist has a part of a run and tells nothing itself."""
     env = {"GUP_TEST_NOT_RUN": str(tmp_path / "not-run")}
-    for times, processes in ((1, ("-p", "xdist", "-n", "2")), (2, ())):
-        status, said = run(tmp_path, TESTS, *processes, env=env)
+    status, said = run(tmp_path, TESTS, "-p", "part_of_a_run", env=env)
+    assert (status, "1 passed, 4 skipped" in said, "not run here" in said) == (0, True, False), said
+    for times in (1, 2):
+        status, said = run(tmp_path, TESTS, env=env)
         assert (status, "1 passed, 4 skipped" in said) == (0, True), said
         assert re.findall("^not run here.*", said, re.MULTILINE) == [
             f"not run here: {'1 test, needs' if times == 1 else '2 tests, need'} away (another machine)",
