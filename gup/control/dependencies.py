@@ -53,8 +53,8 @@ class ControlDependencies:
     raise_store_epoch: Callable[[], None]
     """Called after bodies were unlinked."""
     purges: Purges
-    share_purge: Callable[[int], None]
-    """Called with the number of a purge that was noted on disk."""
+    share_purges: Callable[[], None]
+    """Called when a purge was noted on disk."""
     set_store_bytes: Callable[[int], None]
     """Called with the bytes of bodies and unclaimed parts."""
     promised_bytes: Callable[[], int]

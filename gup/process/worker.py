@@ -19,6 +19,7 @@ from gup.process.shared_memory import (
     ENGINE_TIME,
     ENGINE_TIME_BEFORE,
     FIRST_WORKER,
+    ORDERED,
     POLICY_EPOCH,
     STORE_EPOCH,
     Row,
@@ -30,10 +31,12 @@ from gup.server.downloads import Downloads
 from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
 from gup.server.listener import Listener
-from gup.server.peer import PeerAdmission, PeerHandler, PeerLog
+from gup.server.peer import PeerAdmission, PeerHandler, PeerLog, PeerOrders
 from gup.server.policy import Policy
 
 _WARM_UP_AFTER_SECONDS = 0.3
+_ORDERS_SECONDS, _LOOK_SECONDS = 2.0, 0.01
+"""Nothing is served for so long, until what other members have purged is known."""
 _COLLECT_AFTER = 10_000
 """New objects that outlive their use; Python's own 700 takes 3 to 5 % of a small miss."""
 
@@ -101,6 +104,7 @@ class Worker(ChildProcess):
             cluster.node,
             self.sign_as,
             lambda: [self.engine_ms(), *(time.monotonic_ns() // 1_000_000 + self.words[at] for at in times)],
+            PeerOrders(self.dependencies, self.sign_as, lambda: self.words[ORDERED] != 0),
         )
         return Listener([listening], None, self.settings, handler, PeerAdmission(), lambda _now: None)
 
@@ -113,9 +117,13 @@ class Worker(ChildProcess):
     async def run(self) -> None:
         gc.freeze()  # what the start has made stays, and need not be looked through again and again
         gc.set_threshold(_COLLECT_AFTER)  # a fill leaves no cycles: there is little to collect
-        self._listener.start()
         if self._peers is not None:
             self._peers.start()
+            give_up_at = time.monotonic() + _ORDERS_SECONDS
+            # The controller is another process.
+            while not self.words[ORDERED] and time.monotonic() < give_up_at:  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK_SECONDS)
+        self._listener.start()
         self.parent.send({"ready": True})
         warming = asyncio.create_task(self._warm_up())
         if not await self.handle_messages():  # the supervisor is gone

@@ -59,8 +59,8 @@ class Valkey:
             self.send(signal.SIGCONT)
 
     @contextlib.contextmanager
-    def client(self):
-        with Redis(port=self.port, decode_responses=True) as client:
+    def client(self, password=None):
+        with Redis(port=self.port, decode_responses=True, password=password) as client:
             yield client
 
 
