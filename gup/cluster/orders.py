@@ -129,26 +129,22 @@ class OrderLog:
 
     def take(self, order: Order, now: float) -> bool:
         """An order that another node or the engine has told; whether it is news."""
-        if (order.node, order.number) in self._orders or _is_over(order, now):
+        if (order.node, order.number) in self._orders or self._is_over(order, now):
             return False
         self._orders[order.node, order.number] = order
         return True
 
     def standing(self, key: str) -> Order | None:
         """The latest pin or unpin of a key."""
-        return next(
-            (o for o in reversed(self.orders) if o.action != "purge" and o.what.get("key") == key), None
-        )
+        of_key = (o for o in reversed(self.orders) if o.action != "purge" and o.what.get("key") == key)
+        return next(of_key, None)
 
     def forget(self, now: float) -> None:
         """Drop what is too old. A pin stands until there is a later pin or unpin of its key."""
-        self._orders = {
-            id_: order
-            for id_, order in self._orders.items()
-            if not _is_over(order, now)
-            and (order.action != "pin" or self.standing(str(order.what.get("key"))) is order)
-        }
+        self._orders = {id_: order for id_, order in self._orders.items() if not self._is_over(order, now)}
 
-
-def _is_over(order: Order, now: float) -> bool:
-    return order.action != "pin" and order.at < now - KEPT_SECONDS
+    def _is_over(self, order: Order, now: float) -> bool:
+        if order.at >= now - KEPT_SECONDS:
+            return False
+        standing = self.standing(str(order.what.get("key"))) if order.action == "pin" else None
+        return order.action != "pin" or (standing is not None and standing.at > order.at)

@@ -68,7 +68,8 @@ class OrderBook:
                 _log.warning("orders of other members can't be noted: %s", error.strerror)
         for order in news:
             _log.info("%s ordered: %s %s", order.node, order.action, dict(order.what))
-            if self.carry_out is not None:
+            latest = self.log.standing(str(order.what.get("key")))
+            if self.carry_out is not None and (order.action == "purge" or order == latest):
                 try:
                     await self.carry_out(order)
                 except (GupError, OSError) as error:

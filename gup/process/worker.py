@@ -117,14 +117,13 @@ class Worker(ChildProcess):
     async def run(self) -> None:
         gc.freeze()  # what the start has made stays, and need not be looked through again and again
         gc.set_threshold(_COLLECT_AFTER)  # a fill leaves no cycles: there is little to collect
+        self.parent.send({"ready": True})  # only then is the controller started, which catches up the orders
         if self._peers is not None:
             self._peers.start()
             give_up_at = time.monotonic() + _ORDERS_SECONDS
-            # The controller is another process.
-            while not self.words[ORDERED] and time.monotonic() < give_up_at:  # noqa: ASYNC110
+            while not self.words[ORDERED] and time.monotonic() < give_up_at:  # noqa: ASYNC110 - its memory
                 await asyncio.sleep(_LOOK_SECONDS)
         self._listener.start()
-        self.parent.send({"ready": True})
         warming = asyncio.create_task(self._warm_up())
         if not await self.handle_messages():  # the supervisor is gone
             if self._draining is not None:

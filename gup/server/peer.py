@@ -46,7 +46,7 @@ class PeerLog(AccessLog):
 
 
 class PeerOrders:
-    """The cluster's orders as a worker tells them: what is in the controller's file, and what is known here."""
+    """The cluster's orders as a worker tells them: those in the controller's file, and what is known."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The member's signed answer; `fields` by their names as sent."""
+    """The member's signed answer; the names in `fields` are compared without case."""
 
     status: int
     fields: Mapping[str, str]
@@ -92,7 +92,7 @@ class Prober:
             return Failed(str(error)[:200] or type(error).__name__)
         if not signer.verify_answer(question, response.status, response.headers.items()):
             return Failed(f"its answer ({response.status}) is not signed by {name} with the cluster's secret")
-        return Answered(response.status, dict(response.headers), body)
+        return Answered(response.status, response.headers, body)
 
     async def close(self) -> None:
         if self._session is not None:

@@ -48,7 +48,6 @@ def all_hold_the_old_body(site):
     for gup in site.nodes.values():
         gup.serves(FILE, OLD)
         gup.wait_stored(FILE)
-    assert len(site.upstream.requests(FILE)) == 1
     site.upstream.answer(FILE, Answer(NEW, etag='"b"'))
 
 
@@ -65,7 +64,6 @@ def test_a_purge_on_one_node_holds_on_all_within_a_second(site, with_engine):
     assert time.monotonic() - began < 5
     for gup in site.nodes.values():
         gup.serves(FILE, NEW)
-    assert len(site.upstream.requests(FILE)) == 2, "one fetch for the site"
 
 
 @pytest.mark.parametrize("told_by", ["a member", "the engine"])
@@ -118,6 +116,9 @@ def test_with_neither_engine_nor_member_it_serves_and_says_so(site):
     assert two.get(FILE).status == 200
     assert time.monotonic() - began < 30
     until(lambda: two.alarms("orders-unknown"), "an alarm", 30)
+    site.valkey.start()
+    with site.valkey.client() as client:
+        client.config_set("requirepass", PASSWORD)
     one.start()
     until(lambda: two.get(FILE).body == NEW, "it is told when a member is back", 30)
     until(lambda: not two.alarms("orders-unknown"), "the alarm ends", 60)
