@@ -100,7 +100,8 @@ pictures: $(VENV)/.installed
 	cd tests && PYTHONPATH=. ../$(BIN)/python -m pictures.run
 
 # requirements/*.txt from pyproject.toml: the version and the hashes of each package that is installed, for every
-# Python and platform at once. Versions stay as they are where they fit; UPGRADE=--upgrade takes the newest.
+# Python and platform at once. Versions stay as they are where they fit; UPGRADE=--upgrade takes the newest. At the
+# end pip says whether each Python finds what it may install (a newest version may have no wheels for the oldest).
 UPGRADE ?=
 UV := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--custom-compile-command 'make lock' $(UPGRADE)
@@ -111,6 +112,10 @@ lock:
 	$(UV) pyproject.toml --extra dev --constraint requirements/run.txt --output-file requirements/dev.txt
 	$(UV) pyproject.toml --extra fuzz --constraint requirements/dev.txt --output-file requirements/fuzz.txt
 	$(BIN)/python -c '$(BUILD)' | $(UV) - --constraint requirements/dev.txt --output-file requirements/build.txt
+	for python in 3.11 3.12 3.13; do for part in run dev fuzz build; do \
+		$(PIP) install --dry-run --no-deps --ignore-installed --python-version $$python --require-hashes \
+			--only-binary :all: --no-binary forbiddenfruit --no-build-isolation \
+			--requirement requirements/$$part.txt || exit; done; done
 
 # The Debian package, for the Debian that this runs on: build/gup_*.deb. Needs dpkg-dev and python3-venv.
 deb:

@@ -86,6 +86,8 @@ PROBLEMS: dict[str, ProblemType] = {
     "upstream-timeout": ProblemType(504, "The upstream did not answer in time"),
     "http-version": ProblemType(505, "Only HTTP/1.0 and HTTP/1.1 are supported"),
     "loop": ProblemType(508, "The request has passed through this node before"),
+    # At the end: shared memory has their numbers, also that of an earlier version before `gup upgrade`.
+    "queue-full": ProblemType(503, "Too much content is being fetched at once"),
 }
 
 
@@ -93,7 +95,8 @@ class Problem(GupError):  # noqa: N818 - the word of RFC 9457
     """A failure of one request; only `server` turns it into a response.
 
     `slug` is a key of PROBLEMS; `retry_after_seconds` where trying again helps; `extensions` are further
-    members of the problem document (RFC 9457 section 3.2).
+    members of the problem document (RFC 9457 section 3.2). `stands_seconds`: how long it is remembered yet,
+    of one that was remembered, here or by another member of the cluster.
     """
 
     def __init__(
@@ -104,8 +107,10 @@ class Problem(GupError):  # noqa: N818 - the word of RFC 9457
         retry_after_seconds: float | None = None,
         headers: tuple[tuple[str, str], ...] = (),
         extensions: dict[str, object] | None = None,
+        stands_seconds: float | None = None,
     ) -> None:
         super().__init__(detail)
+        self.stands_seconds = stands_seconds
         self.slug, self.detail = slug, detail
         self.retry_after_seconds = retry_after_seconds
         self.headers = headers

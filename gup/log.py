@@ -148,7 +148,7 @@ class WritingHandler(QueueHandler):
         batch: list[logging.LogRecord | None] = []
         while None not in batch[-1:]:
             batch = [self.queue.get()]
-            if batch[0] is not None:
+            if batch[0] is not None and self.queue.qsize() < _BATCH:
                 time.sleep(_GATHER_SECONDS)  # lines that come meanwhile wake no thread
             while batch[-1] is not None and len(batch) < _BATCH and not self.queue.empty():
                 batch.append(self.queue.get())

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gc
 import inspect
+import os
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ import psutil
 import pytest
 import uvloop
 from harness.needs import pytest_runtest_setup, pytest_terminal_summary
-from harness.processes import until
+from harness.processes import children_of, until
 from harness.service import Gup
 from harness.upstreams import Answer, ScriptedUpstream
 from harness.warm import TEMPLATE
@@ -37,14 +38,11 @@ def _descriptors() -> set[tuple[str, str]]:
 
 
 def _children() -> set[psutil.Process]:
-    """Read from one small file a thread: psutil alone would read the whole of /proc, before every test."""
     found = set()
-    for thread in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
-            numbers = (thread / "children").read_text().split()
-            for child in (psutil.Process(int(number)) for number in numbers):
-                if TEMPLATE.process and child.pid == TEMPLATE.process.pid:
-                    continue
+    for number in children_of(os.getpid()):
+        if TEMPLATE.process is None or number != TEMPLATE.process.pid:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child = psutil.Process(number)
                 found |= {child, *child.children(recursive=True)}
     return found
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from harness.processes import end, environment, free_port, listens, until
 from harness.service import REPOSITORY, toml
+from harness.warm import TEMPLATE, Forked
 from typer.main import get_command
 
 from gup.cli.app import app
@@ -128,7 +129,7 @@ class Sandbox:
             "GUP_LISTEN__PORT": str(self.data),
             "GUP_LISTEN__ADMIN_PORT": str(self.admin),
         }
-        self.running: list[subprocess.Popen[bytes]] = []
+        self.running: list[subprocess.Popen[bytes] | Forked] = []
 
     def _here(self, command: str) -> str:
         moved = {
@@ -147,13 +148,16 @@ class Sandbox:
             command = command.replace(there, here)
         return command
 
-    def start(self, command: str, *listening: int) -> None:
+    def start(self, command: str, *listening: int, warm: bool = False) -> None:
+        """`warm`: off the template. No document says this one, so it need not be what a shell starts."""
         path = self.folder / f"log{len(self.running)}"
+        env = environment(self.mark, self.env)
         with path.open("wb") as log:
             shell = ["/bin/bash", "-c", f"exec {self._here(command)}"]
-            env = environment(self.mark, self.env)
             self.running.append(
-                subprocess.Popen(
+                TEMPLATE.start(self._here(command).split()[1:], env, self.folder, log.fileno())
+                if warm
+                else subprocess.Popen(
                     shell, cwd=self.folder, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
                 )
             )
@@ -205,6 +209,7 @@ def test_every_command_of_a_document_works(document, sandbox):
         sandbox.start(
             "gup simulate manager --listen 127.0.0.1:8014 --full-size 100kB --publish-interval 0s",
             sandbox.manager,
+            warm=True,
         )
     if not any("gup serve" in line for line in lines):
         settings = {
@@ -220,7 +225,8 @@ def test_every_command_of_a_document_works(document, sandbox):
         for place in ("etc/gup.toml", "gup.toml"):
             (sandbox.folder / place).write_text(toml(settings))
         sandbox.env["GUP_CONFIG"] = str(sandbox.folder / "etc" / "gup.toml")
-        sandbox.start("gup serve", sandbox.data, sandbox.admin)
+        upgraded = any("gup upgrade" in line for line in lines)  # only what an interpreter runs can be
+        sandbox.start("gup serve", sandbox.data, sandbox.admin, warm=not upgraded)
         sandbox.run("curl -sSf -o /dev/null http://127.0.0.1:2967/content/ContentInfo.txt")
     for line in lines:
         if "gup simulate manager" in line:

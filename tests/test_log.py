@@ -217,6 +217,19 @@ def test_nobody_waits_for_a_destination_that_hangs():
     assert sum(int(text.split()[0]) for text in told) == 10_000 - len(lines) > 0
 
 
+def test_a_long_queue_is_written_without_a_pause(monkeypatch):
+    """A stop waits two seconds for it. Pauses are for batches that may still grow."""
+    stuck, pauses = Stuck(), []
+    monkeypatch.setattr(log.time, "sleep", pauses.append)
+    handler = WritingHandler(stuck)
+    for number in range(8000):
+        handler.handle(logging.makeLogRecord({"msg": "%d", "args": (number,)}))
+    stuck.may.set()
+    handler.close()
+    assert [int(text) for text in stuck.took] == list(range(8000))
+    assert len(pauses) <= 2, "before the first batch, and before the last"
+
+
 def test_what_could_not_be_written_is_told_when_it_can(capfd):
     stuck = Stuck()
     stuck.error = OSError(28, "No space left on device")

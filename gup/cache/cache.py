@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Coroutine
+from dataclasses import replace
 
 from gup.cache.body import GrowingBody
 from gup.cache.catalog_cache import spell
@@ -15,7 +16,7 @@ from gup.cache.leader import Leader
 from gup.cache.locks import Slots
 from gup.cache.open_entries import Entries, Entry, Opened, Result
 from gup.cache.passthrough import PassThrough, too_many_misses
-from gup.cache.records import Failure, Head, Record, route_of
+from gup.cache.records import Failure, Head, Phase, Record, route_of
 from gup.cache.recovery import Leftover, examine, is_fresh
 from gup.cache.store import OpenFile
 from gup.content.key import ContentKey, Variant
@@ -31,6 +32,8 @@ _PATIENCE_FOR_FRESH_SECONDS = 1.0
 """A request for a stale index file waits this long for upstream before it is served the stale one."""
 _CIRCLE_SECONDS = 0.5
 """A waiting gup is checked this often for being the upstream of the fill it waits for."""
+_FIRST_LOOK_SECONDS = 0.5
+"""What another process has of a body is seen within this time, also on a busy machine."""
 _MOST_FILLS = 3
 """Fills per request, when the entry is removed as soon as it is stored."""
 _Found = tuple[Record, OpenFile, bool]
@@ -110,9 +113,50 @@ class Cache:
             self._entries.used(entry)
             return self._opened(entry, route, Result.HIT)
         fill = self._current(key)
+        if fill is None and await self._arrives_elsewhere(key):
+            fill = self._fills.get(key) or self._begin(Fill(key, route, key.variant, joins=True))
+            with contextlib.suppress(Problem, TimeoutError):
+                async with asyncio.timeout(_FIRST_LOOK_SECONDS):
+                    if isinstance(body := await fill.join(), GrowingBody):
+                        body.leave()
         if fill is not None and fill.body is not None and fill.from_wan():
             return Opened(fill.body.reader(), Result.COLLAPSED, key, route.kind)
         return None
+
+    async def _arrives_elsewhere(self, key: ContentKey) -> bool:
+        """Whether another process of this node has a part of the body and goes on with it."""
+        if not self._deps.claims.taken(key.claim_offset):
+            return False
+        try:
+            state = await on_disk(self._deps.executor, self._deps.store.load_state, key.id)
+        except (DiskError, ValueError):
+            return False
+        return state is not None and state.phase is Phase.STREAMING
+
+    def has_part(self, key: ContentKey) -> bool:
+        """Whether its body arrives here, from wherever, or will go on soon."""
+        fill = self._current(key)
+        return fill is not None and fill.body is not None and not fill.body.ended
+
+    async def span_alone(
+        self,
+        opened: Opened,
+        route: Route,
+        variant: Variant,
+        start: int,
+        stop: int,
+        passed: tuple[str, ...] = (),
+    ) -> Opened:
+        """Fetch a range of a growing body separately if the fill will not reach it soon; else as opened."""
+        try:
+            body = await self.pass_through.range(opened, route, variant, start, stop, passed)
+        except BaseException:
+            opened.body.leave()  # the client has gone
+            raise
+        if body is None:
+            return opened
+        opened.body.leave()
+        return replace(opened, body=body, result=Result.BYPASS)
 
     def _opened(self, entry: Entry, route: Route, result: Result) -> Opened:
         age = max(0, int(self._deps.wall_clock() - entry.record.validated_at))
@@ -390,6 +434,9 @@ class Cache:
 
     async def _lead(self, fill: Fill, leftover: Leftover, follower: Follower) -> None:
         """Lead a claimed fill; if upstream does not have this spelling of the moniker, try another."""
+        if fill.joins:
+            fill.fail(Problem("upstream-error", "the process that fetched it has ended"))
+            return
         if not fill.suspect and not fill.from_memory and follower.ended_in_memory():
             return
         if (

@@ -12,7 +12,6 @@ from gup.cache.memory_files import Row
 from gup.cache.records import FillState, Phase
 from gup.cache.store import OpenFile
 from gup.errors import Problem, is_exhausted
-from gup.upstream.members import is_member
 
 log = logging.getLogger("gup.fill")
 
@@ -196,7 +195,7 @@ class Follower:
         fill, now = self._fill, self._deps.clock()
         failing = state.failure is not None and state.failure.is_current(now)
         same = state.path == fill.route.upstream_path
-        fill.from_wan = lambda: state.phase is Phase.STREAMING and not any(map(is_member, state.told))
+        fill.from_wan = lambda: state.phase is Phase.STREAMING and state.from_wan
         if state.phase is Phase.STREAMING and (fill.body is None or fill.body.generation != state.generation):
             if state.service_start == self._deps.store.service_start and not self._is_purged(state):
                 self._attach(state)

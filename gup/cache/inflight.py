@@ -26,6 +26,9 @@ from gup.upstream.bandwidth import Share, Wan
 from gup.upstream.members import Members
 from gup.upstream.pool import Pool
 
+OF_MEMBER = "member "
+"""Begins the name of a client that asked another member of the cluster, for its fair turn here."""
+
 
 @dataclass(slots=True)
 class FillDependencies:
@@ -55,15 +58,28 @@ class FillDependencies:
     clock: Callable[[], float]
 
     def count_miss(self, client: str) -> bool:
-        """Count a request that needs an upstream; False when its client has too many in this second."""
+        """Count a request that needs an upstream; False when its client has too many in this second.
+
+        The clients of other members are limited there.
+        """
         most = self.settings.clients.max_misses_per_address
-        return not most or not client or self.misses.add_within(client, int(self.clock())) <= most
+        return (
+            not most
+            or not client
+            or client.startswith(OF_MEMBER)
+            or self.misses.add_within(client, int(self.clock())) <= most
+        )
 
     @property
     def longest_wait_seconds(self) -> float:
         """Until a fill's first byte: the time in the queue, and one upstream that does not answer."""
         slowest = max((u.connect_timeout + u.first_byte_timeout for u in self.settings.upstream), default=1.0)
         return self.settings.fill.queue_timeout + 2 * slowest
+
+
+def nowhere() -> bool:
+    """The body arrives from nowhere at present."""
+    return False
 
 
 class FillEnd(Enum):
@@ -100,6 +116,8 @@ class Fill:
     """It waits for its slot without limit, since no client waits for it."""
     inherits: bool = False
     """Its leader died in mid-body: the takeover gets that leader's slot."""
+    joins: bool = False
+    """It only follows another process, for a member of the cluster that asks what is held. See `promote`."""
     from_memory: bool = False
     """Its body is complete in memory and is only stored. No client waits for it."""
     count_readers: Callable[[int], None] | None = None
@@ -117,7 +135,7 @@ class Fill:
     """All of the body has arrived: the process does not stop before it is committed."""
     asks_gups: bool = True
     """Some of its upstreams are gups, or may be; known where `passed` names any."""
-    from_wan: Callable[[], bool] = lambda: False
+    from_wan: Callable[[], bool] = nowhere
     """Whether its body arrives from the WAN at this moment, at this node."""
     order: str | None = None
     """What was known of purges when its fetch began; None before that."""
@@ -215,6 +233,7 @@ class Fill:
 
     def promote(self, wan: Wan) -> None:
         """A client waits for it now."""
+        self.joins = False
         if self.background:
             self.background = False
             self.share.priority = class_of(self.route)

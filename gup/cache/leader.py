@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from gup.cache.body import GrowingBody
 from gup.cache.disk import STEP_BYTES, DiskError, Room, Unstorable, on_disk, refusal
-from gup.cache.inflight import Fill, FillDependencies, FillEnd, committed, is_shared
+from gup.cache.inflight import Fill, FillDependencies, FillEnd, committed, is_shared, nowhere
 from gup.cache.locks import aside_offset, waiters_offset
 from gup.cache.memory_files import STEP_BYTES as MEMORY_STEP_BYTES
 from gup.cache.memory_files import MemoryFile, MemoryFull
@@ -134,7 +134,6 @@ class Leader:
             await self.fail(exhausted(error))
         finally:
             self._fill.step_aside = None  # no cycle that holds files
-            self._fill.from_wan = lambda: False
             self._end_aside()
             self._writer = None  # its descriptors close when no thread writes any more
             if self._memory is not None and not self._memory.finished:
@@ -150,6 +149,7 @@ class Leader:
             fill.inherits = True
         watching = self._watch_for_waiters() if fill.background else None
         try:
+            await self._deps.members.settle()
             self._state.path, self._state.phase = path, Phase.REQUESTED
             fill.fetched = True
             nothing = await self._fetch_or_bypass_disk()
@@ -231,6 +231,7 @@ class Leader:
             stream_of_body=lambda: (deps.streams.add(self._key), str(fill.route.kind)),
             if_none_match=record.upstream_etag if record else None,
             if_modified_since=record.last_modified if record else None,
+            own_etag=record.etag if record else None,
             share=fill.share,
             passed=fill.passed,
             client=fill.client,
@@ -259,6 +260,7 @@ class Leader:
         UpstreamFailure when no upstream is up, or all are on hold.
         """
         deps, fill, holds = self._deps, self._fill, self._holds
+        await self._save_source(self._source)
         await self._take_slot()
         self._count_in_progress(1)
         if anew:
@@ -285,6 +287,7 @@ class Leader:
             self._resumes += self._download.resumes
             self._download.close()
             self._download = None
+            self._fill.from_wan = nowhere  # no cycle, which would hold the files
 
     def _purpose(self) -> str:
         """The label that its bytes are counted under; a background fill keeps its own when it is promoted."""
@@ -551,8 +554,7 @@ class Leader:
                     await self._yield_to_others()  # what has come is shown meanwhile
                 piece = await download.read()
                 more = bool(piece)
-                if download.source_validators is not self._state.told:
-                    await self._save_validators(download)
+                await self._save_source(download)
                 if more:
                     writer.take(piece)
                 if self._memory is None:
@@ -596,10 +598,16 @@ class Leader:
                 event = {"type": "begun", "key": self._key.text, "kind": str(fill.route.kind)}
                 self._deps.tell({**event, "path": self._state.path})
 
-    async def _save_validators(self, download: Download) -> None:
-        """Another upstream, or one with other validators, continues: save that in the state first."""
-        self._state.told = download.source_validators
-        if self._state.phase is Phase.STREAMING:
+    async def _save_source(self, download: Download) -> None:
+        """Another upstream, or one with other validators, continues: save that in the state first.
+
+        Also whether the body arrives over the WAN: by that, other processes answer the cluster's members.
+        """
+        told, state = download.source_validators, self._state
+        if told is state.told and download.is_on_wan == state.from_wan:
+            return
+        state.told = told
+        if self._state.phase is Phase.STREAMING and self._memory is None:
             with contextlib.suppress(OSError):  # the next write will fail too, and report it
                 await self._save_state()
 
@@ -867,7 +875,8 @@ class Leader:
         """
         deps, fill = self._deps, self._fill
         if problem.slug in _EXPECTED:
-            ttl_seconds = deps.settings.cache.negative_ttl
+            stands = problem.stands_seconds
+            ttl_seconds = deps.settings.cache.negative_ttl if stands is None else stands
         drop = drop or problem.slug in ("upstream-bad-body", "upstream-unsure-end")
         if fill.aside or not is_shared(problem, fill.passed, asks_gups=fill.asks_gups):
             ttl_seconds = 0.0
@@ -970,6 +979,7 @@ class Leader:
             background=self._fill.background,
             holds=self._holds.rows,
             service_start=self._deps.store.service_start,
+            from_wan=self._fill.from_wan(),
         )
 
     def _noted_state(self, head: Head | None = None) -> FillState:

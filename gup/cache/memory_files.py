@@ -74,7 +74,8 @@ class Row(ctypes.Structure):
     def usable(self) -> bool:
         if 0 < self.expires_at_ns <= time.monotonic_ns():
             return False
-        return _link(f"/proc/{self.pid}/fd/{self.body_fd}") in (self.link, "")
+        link = _link(f"/proc/{self.pid}/fd/{self.body_fd}")
+        return link == self.link or (link == "" and _lives(self.pid))
 
     def is_of(self, other: "Row") -> bool:
         return (self.pid, self.generation, self.body_fd) == (other.pid, other.generation, other.body_fd)
@@ -191,7 +192,12 @@ class MemoryFiles:
 
     def open(self, row: Row) -> tuple[OpenFile, FillState]:
         """The body's file and state. OSError or ValueError when it has gone."""
-        file = OpenFile(f"/proc/{row.pid}/fd/{row.body_fd}")
+        try:
+            file = OpenFile(f"/proc/{row.pid}/fd/{row.body_fd}")
+        except PermissionError as error:
+            if row.usable:
+                raise
+            raise FileNotFoundError(f"{row.link} is gone") from error  # its owner has just died
         if _link(f"/proc/self/fd/{file.fd}") != row.link:
             raise FileNotFoundError(f"{row.link} is gone")
         state_file = OpenFile(f"/proc/{row.pid}/fd/{row.state_fd}")
@@ -374,6 +380,14 @@ def _link(path: str) -> str | None:
         return ""
     except OSError:
         return None
+
+
+def _lives(pid: int) -> bool:
+    """Whether the process has memory. One that has died has none, and its descriptors are root's: proc(5)."""
+    try:
+        return not Path(f"/proc/{pid}/statm").read_bytes().startswith(b"0 ")
+    except OSError:
+        return False
 
 
 def _anonymous(name: str, flags: int = 0) -> OpenFile:

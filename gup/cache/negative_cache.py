@@ -112,7 +112,8 @@ def _digest(key: ContentKey, path: str) -> bytes:
 def remembered_problem(slug: str, detail: str, left_seconds: float) -> Problem:
     """`Retry-After` is set where trying again may help."""
     absent = PROBLEMS[slug].status in (404, 410)
-    return Problem(slug, detail, retry_after_seconds=None if absent else max(left_seconds, 1.0))
+    retry = None if absent else max(left_seconds, 1.0)
+    return Problem(slug, detail, retry_after_seconds=retry, stands_seconds=left_seconds)
 
 
 def identity_of(head: RemoteHead) -> BodyIdentity:

@@ -131,7 +131,7 @@ class BypassBody:
             waiting()
 
 
-_OF_NO_KEY = frozenset({"overloaded", "no-upstream", "upstream-unreachable"})
+_OF_NO_KEY = frozenset({"overloaded", "queue-full", "no-upstream", "upstream-unreachable"})
 """Problems that are no single key's: they are not remembered for one."""
 
 
@@ -189,7 +189,8 @@ class PassThrough:
         key = route.key(variant)
         try:
             ask = Ask(route.upstream_path, "bypass", method="HEAD", client=client)
-            remote = await self._ask(route, variant, passed, ask)
+            remote = await self._ask_members(route, variant, passed, ask)
+            remote = remote or await self._ask(route, variant, passed, ask)
         except Problem as problem:
             known = self._deps.failures.get(key, route.upstream_path) is not None
             if not passed and not known and problem.slug not in _OF_NO_KEY:
@@ -216,7 +217,8 @@ class PassThrough:
 
         Far ahead is what the fill does not reach within `fill.range_wait` at its present rate; at most two
         are fetched at once. It is sent under the fill's ETag, and no overlap can be compared: so only the
-        upstream that the fill began with is asked, and its validators must be unchanged.
+        upstream that the fill began with is asked, and its validators must be unchanged; or a member of the
+        cluster that has the body under this ETag.
         """
         body = opened.body
         if not isinstance(body, GrowingBody) or body.end() is None or not await self._is_far(body, start):
@@ -227,9 +229,13 @@ class PassThrough:
         head, answer = body.head, None
         try:
             ask = Ask(route.upstream_path, "bypass", start=start, stop=stop, if_range=head.upstream_etag)
-            answer = await self._ask(route, variant, passed, ask, only=head.upstream)
+            answer = await self._ask_members(route, variant, passed, replace(ask, if_range=head.etag))
+            if answer is not None:
+                begun_with = Validators(head.etag, head.last_modified)
+            else:
+                answer = await self._ask(route, variant, passed, ask, only=head.upstream)
+                begun_with = Validators(head.upstream_etag, head.last_modified)
             assert isinstance(answer, Answer)
-            begun_with = Validators(head.upstream_etag, head.last_modified)
             same = begun_with.same_as(answer.head.validators, vouched=bool(head.upstream_etag))
             if same and answer.head.start == start and answer.head.length == head.length:
                 return BypassBody(head, answer, stop, lambda: self._ranges.give_back(slot))
@@ -286,6 +292,30 @@ class PassThrough:
             lambda tail: not is_zip or zip_end_is_right(tail),
         )
         return Opened(body, Result.BYPASS, key, route.kind, ranges=False)
+
+    async def _ask_members(
+        self, route: Route, variant: Variant, passed: tuple[str, ...], ask: Ask
+    ) -> Answer | RemoteHead | None:
+        """The answer of a member of the cluster that may fetch for this node; None when there is none.
+
+        Problem when it has one that is this node's, too.
+        """
+        deps, key = self._deps, route.key(variant)
+        stream = deps.streams.number(key), str(route.kind)
+        ask = replace(ask, stream=stream, passed=passed, key=key.text)
+        await deps.members.settle()
+        for member in deps.members.above(key.text):
+            try:
+                answer = await deps.members.ask(member, ask)
+            except UpstreamFailure:
+                continue
+            except Problem as problem:
+                if is_shared(problem, passed, asks_gups=True):
+                    deps.failures.put(key, route.upstream_path, problem, problem.stands_seconds or 0.0)
+                raise
+            if isinstance(answer, Answer) or answer.status == 200:
+                return answer
+        return None
 
     async def _ask(
         self, route: Route, variant: Variant, passed: tuple[str, ...], ask: Ask, only: str | None = None

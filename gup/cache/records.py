@@ -299,8 +299,9 @@ class Failure:
         return 0 < self.until - monotonic_now <= self.ttl
 
     def problem(self, monotonic_now: float) -> Problem:
-        retry = None if PROBLEMS[self.slug].status in (404, 410) else max(self.until - monotonic_now, 1.0)
-        return Problem(self.slug, self.detail, retry_after_seconds=retry)
+        left = self.until - monotonic_now
+        retry = None if PROBLEMS[self.slug].status in (404, 410) else max(left, 1.0)
+        return Problem(self.slug, self.detail, retry_after_seconds=retry, stands_seconds=left)
 
 
 BodyIdentity = tuple[_Detail | None, _Detail | None, Count | None]
@@ -355,6 +356,8 @@ class FillState:
     """
     told: Mapping[str, Validators] = field(default_factory=dict)
     """The validators of each upstream that has sent a part of the body, for comparison at a resume."""
+    from_wan: Flag = False
+    """The body arrives over the WAN, not from a member of the cluster: others may join it."""
 
     def is_current(self, monotonic_now: float) -> bool:
         """Whether any upstream is still not to be asked."""

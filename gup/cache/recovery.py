@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from gup.content.key import ContentKey
 from gup.content.routes import Route
 from gup.metrics import Counters
 from gup.upstream.exchange import RemoteHead
+from gup.upstream.members import is_member
 
 log = logging.getLogger("gup.recovery")
 
@@ -219,9 +221,10 @@ def validated_at(dependencies: FillDependencies, remote: RemoteHead, immutable: 
     """Since when this response is known to be current: another gup may have stored it for a while.
 
     Its Age counts (RFC 9111 section 4.2.3), so that ages and waiting add up over a chain. But a tenth of
-    `index_ttl` is left, or an old index file would be revalidated at every request.
+    `index_ttl` is left, or an old index file would be revalidated at every request. Not so for a member of
+    the cluster: its copy and this one are to end at the same time, and a stale one renews nothing.
     """
-    most = 0.9 * dependencies.settings.cache.index_ttl
+    most = math.inf if is_member(remote.upstream) else 0.9 * dependencies.settings.cache.index_ttl
     return dependencies.wall_clock() - (remote.age_seconds if immutable else min(remote.age_seconds, most))
 
 

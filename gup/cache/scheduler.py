@@ -238,7 +238,7 @@ class FillQueue:
         expected = self.expected_seconds(class_, client) or patience
         spread = random.uniform(0.5, 1.0)  # noqa: S311 - no secret
         return Problem(
-            "overloaded",
+            "queue-full",
             "the fill queue is full; try again later",
             retry_after_seconds=min(max(1.0, min(expected, patience) * spread), _LONGEST_RETRY_SECONDS),
         )

@@ -218,8 +218,10 @@ def upgrade(*, where: Where, json_output: JsonFlag = False) -> None:
     elif status is None:
         typer.echo("\n  ".join(["the earlier processes go on serving:", *problems]), err=True)
     else:
-        rest = f"; {leaving} earlier ones finish their responses" if leaving else ""
-        typer.echo(f"gup {status['version']} serves with {serving} new workers{rest}")
+        workers = "1 new worker" if serving == 1 else f"{serving} new workers"
+        ones = "1 earlier one finishes its" if leaving == 1 else f"{leaving} earlier ones finish their"
+        rest = f"; {ones} responses" if leaving else ""
+        typer.echo(f"gup {status['version']} serves with {workers}{rest}")
     if problems:
         raise typer.Exit(FAILED)
 

@@ -168,6 +168,11 @@ class Membership:
         """The last row of each other member, None while none was seen."""
         return {name: self._peers[name].row for name in sorted(self._peers)}
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether each member was probed."""
+        return all(peer.answered_at is not None or peer.failures for peer in self._peers.values())
+
     def most(self, now: float) -> int:
         """The most members of the last ten minutes, this node among them; 0 while nothing is known."""
         oldest = int(now // _MINUTE) - MOST_SECONDS / _MINUTE

@@ -237,6 +237,11 @@ class Listen(Section):
     idle_timeout: Timeout = row(75.0, "Time for the next request on a connection to begin.")
     write_timeout: Timeout = row(60.0, "Time in which a client must accept a byte of its response.")
     drain_timeout: Duration = row(30.0, "Time for responses under way when the service stops.")
+    proxy_protocol: Networks = row(
+        [],
+        "Proxies in front of gup: each connection from them must begin with a PROXY header (version 2), and "
+        "the address in it is the client's. From other addresses such a header is refused.",
+    )
 
 
 class Cache(Section):

@@ -20,8 +20,8 @@ async def run_command(
 ) -> str:
     """Run it with `body` on its standard input; return what it wrote, shortened.
 
-    NotAcceptedError unless it ends with status 0 within `seconds`. What it leaves running is killed: it and
-    its children are a process group of their own.
+    NotAcceptedError unless it ends with status 0 within `seconds`. What it leaves running in its process
+    group is killed; a daemon, which has left the group, goes on.
     """
     kept = {name: os.environ[name] for name in _KEPT if name in os.environ}
     with contextlib.ExitStack() as stack:

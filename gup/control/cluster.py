@@ -34,6 +34,8 @@ _log = logging.getLogger("gup.control.cluster")
 BEAT_SECONDS = 0.2
 _WATCH_SECONDS = 0.025
 """Between two looks at who waits for the WAN."""
+_SETTLE_SECONDS = 1.5
+"""At the start: the longest wait for the first beat and the members' answers."""
 _LEAST_SECONDS = 0.02
 """Between two beats."""
 _JUMP_MS = 1000
@@ -417,6 +419,12 @@ class ClusterControl:
             self._changed.set()
 
     async def _keep_publishing(self) -> None:
+        """The first list is published when it is complete: without a member its content would be fetched."""
+        began = self._clock()
+        while self._clock() - began < _SETTLE_SECONDS and not (self.beats and self.membership.is_complete):
+            await self._changed.wait()
+            self._changed.clear()
+        self._changed.set()
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -433,6 +441,11 @@ class ClusterControl:
             )
             _log.info("members besides %s: %s", self.node, names or "none")
             self._published = members
+
+    @property
+    def published(self) -> Members:
+        """The list that the workers have."""
+        return self._published or Members(self.node)
 
     def findings(self) -> Iterator[tuple[str, str, str]]:
         """Alarms: name, subject and text of each."""

@@ -200,6 +200,10 @@ class EntryTable(Mapping[str, Row]):
         """Of streams by the beginning of their keys; kept, since cursors of listings rely on them."""
         self._prefixes: list[str] = []
 
+    def close(self) -> None:
+        """Free the database; only the totals can be read then."""
+        self._database.close()
+
     # --- one row
 
     def __len__(self) -> int:

@@ -150,6 +150,7 @@ class Index:
         await self.flush()
         await self._in_thread(self._file.close)
         await asyncio.to_thread(self._thread.shutdown)
+        self.rows.close()
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
@@ -187,6 +188,13 @@ class _Texts(diskcache.Cache):  # type: ignore[misc]  # diskcache has no types
     (CVE-2025-69872). This class does neither, and makes no side files. Many rows are read by one statement
     and written by one: diskcache's own methods take four for each row.
     """
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        try:
+            super().__init__(str(folder), **settings)
+        except BaseException:
+            self.close()  # diskcache leaves a connection to a damaged file open
+            raise
 
     def texts(self, where: str = "", *values: str) -> Iterator[tuple[str, str]]:
         asked = f"SELECT key, raw, mode, filename, value FROM Cache {where}"  # noqa: S608 - constants of ours
@@ -293,9 +301,10 @@ class IndexFile:
             self._cache = None
 
     def _open(self) -> None:
+        self.close()
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._cache = _Texts(
-            str(self._folder),
+            self._folder,
             timeout=BUSY_SECONDS,
             eviction_policy="none",
             cull_limit=0,

@@ -296,7 +296,8 @@ class Prefetcher:
     def look_at_news(self) -> None:
         """Queue the deltas of streams that `asked` learned something new about."""
         for stream in self._with_news:
-            self._look_at(stream)
+            if stream in self.revisions.streams:  # else others that came at the same time have displaced it
+                self._look_at(stream)
         self._with_news.clear()
 
     def refused(self, key: ContentKey) -> None:

@@ -11,7 +11,7 @@ from itertools import islice
 
 from gup.cache.store import Seen, Store, Stored
 from gup.content.key import ContentKey
-from gup.control.dependencies import BusyError, ControlDependencies, change
+from gup.control.dependencies import BusyError, ControlDependencies, change, to_its_end
 from gup.control.entry_table import ROWS_AT_ONCE, row_of
 from gup.control.index import Index
 
@@ -37,7 +37,7 @@ async def reconcile(dependencies: ControlDependencies, index: Index, now: float)
         index.complete = True
         await asyncio.get_running_loop().run_in_executor(thread, dependencies.store.prune)
     finally:
-        await asyncio.to_thread(thread.shutdown)
+        await to_its_end(thread.shutdown)
     for orphan in orphans:
         if now - orphan.used_at > ORPHAN_AGE_SECONDS:
             try:

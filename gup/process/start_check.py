@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_network
 from pathlib import Path
 
 from gup.config import Cache, Settings
@@ -21,8 +22,20 @@ _SHARE = 0.5
 
 
 def doubts(settings: Settings, now: float) -> list[str]:
-    """What can be told without a service: of the cache directory, its disk, and this machine's clock."""
-    return [*_of_disk(settings.cache), *_of_directory(settings.cache.directory), *_of_clock(settings, now)]
+    """What can be told without a service: of proxies, the cache directory, its disk, this machine's clock."""
+    disk, directory = _of_disk(settings.cache), _of_directory(settings.cache.directory)
+    return [*_of_proxies(settings), *disk, *directory, *_of_clock(settings, now)]
+
+
+def _of_proxies(settings: Settings) -> Iterator[str]:
+    allowed = [ip_network(network) for network in settings.clients.allow]
+    for proxies in map(ip_network, settings.listen.proxy_protocol):
+        like = [own for own in allowed if own.version == proxies.version]
+        if not any(proxies.subnet_of(own) for own in like):  # type: ignore[arg-type]
+            yield (
+                f"listen.proxy_protocol: {proxies} is not in clients.allow: health checks of a proxy there "
+                "are refused; add it"
+            )
 
 
 def _of_disk(cache: Cache) -> Iterator[str]:

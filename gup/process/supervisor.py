@@ -384,6 +384,11 @@ class Supervisor:
         print(f"gup: {status}", file=sys.stderr, flush=True)  # noqa: T201 - for people, not the log
         self._notifier.send("READY=1", f"STATUS={status}")
 
+    def _ready_again(self) -> None:
+        """After RELOADING=1, unless the service is still starting: _announce tells that it is ready."""
+        if any(slot.phase is Phase.READY for slot in self._every("worker")):
+            self._notifier.send("READY=1")
+
     def _handle_signal(self, number: int) -> None:
         if number == signal.SIGHUP:
             self._reload_settings()
@@ -523,7 +528,7 @@ class Supervisor:
         except OSError as error:
             log.configure(self._settings.log)
             _LOG.error("not upgraded: the new program can't be executed: %s", error)
-            self._notifier.send("READY=1")
+            self._ready_again()
 
     def _handover(self) -> Handover:
         current = (*self._workers, self._controller)
@@ -596,7 +601,7 @@ class Supervisor:
             self._apply(new, everything=True)
         except (GupError, OSError) as error:
             _LOG.error("the earlier processes go on serving: %s", error)
-        self._notifier.send("READY=1")
+        self._ready_again()
 
     def _keep(self, kept: KeptChild, shared: SharedFile) -> None:
         slot = ChildSlot(kept.role, kept.number, kept.block, shared, Phase[kept.phase])
@@ -628,8 +633,7 @@ class Supervisor:
             for problem in problems:
                 _LOG.error("settings not reloaded: %s", problem)
         self._page.words[shared_memory.CONFIG_OK] = not problems
-        if any(slot.phase is Phase.READY for slot in self._every("worker")):
-            self._notifier.send("READY=1")
+        self._ready_again()
         return {"problems": problems, "changed": changed, "waiting": waiting}
 
     def _apply(self, new: Settings, *, everything: bool = False) -> tuple[list[str], list[str]]:

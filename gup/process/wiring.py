@@ -164,6 +164,7 @@ class ChildProcess(ABC):
             time_ms=self.engine_ms,
             listed=lambda: read().askable,
             is_purged=lambda key, kind, order: self.purges.name(ContentKey.parse(key), Kind(kind), order),
+            settled=lambda: self.words[layout.CLUSTER_EPOCH] > 0,
         )
 
     def sign_as(self) -> Signer:

@@ -31,6 +31,9 @@ class Admission:
     def apply(self, settings: config.Settings) -> None:
         self.is_allowed = networks_of(settings.clients.allow)
         """Whether an address is in `clients.allow`."""
+        proxies = settings.listen.proxy_protocol
+        self.is_proxy = networks_of(proxies) if proxies else None
+        """Whether connections from an address begin with a PROXY header; None if none do."""
         self._most = settings.listen.max_connections
         self._most_of_address = settings.clients.max_connections_per_address
 
@@ -39,28 +42,39 @@ class Admission:
         none.
         """
         if not self.is_allowed(address):
-            return self._refuse("network")
+            return self.refuse("network")
         if self._addresses.add(client_of(address)) > self._most_of_address > 0:
             self._addresses.remove(client_of(address))
-            return self._refuse("address")
+            return self.refuse("address")
+        if not self.reserve(make_room):
+            self._addresses.remove(client_of(address))
+            return False
+        return True
+
+    def reserve(self, make_room: Callable[[], bool]) -> bool:
+        """Count a connection whose client is not known yet, until `release`; or its refusal."""
         words = self._counters.words
         words[self._open] += 1
         if (words[self._open] > self._most_here or self._total() > self._most) and not make_room():
-            self.leave(address)
-            return self._refuse("limit")
+            self.release()
+            return self.refuse("limit")
         return True
+
+    def release(self) -> None:
+        self._counters.words[self._open] -= 1
 
     def count(self, address: str) -> None:
         """Count a connection that another worker has admitted."""
         self._addresses.add(client_of(address))
         self._counters.words[self._open] += 1
 
-    def _refuse(self, reason: str) -> bool:
+    def refuse(self, reason: str) -> bool:
+        """Count a refusal."""
         self._counters.add("gup_connections_refused_total", reason=reason)
         return False
 
     def leave(self, address: str) -> None:
-        self._counters.words[self._open] -= 1
+        self.release()
         self._addresses.remove(client_of(address))
 
     def among(self, client: str) -> float:

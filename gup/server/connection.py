@@ -14,6 +14,7 @@ import struct
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Protocol
 
 from gup.config import Listen
 from gup.content.client_identity import Stated
@@ -34,6 +35,8 @@ _CRLF = b"\r\n"
 _HEAD_END = b"\r\n\r\n"
 _SLICE_SECONDS = 0.05
 _LEAST_SLICE_BYTES = 1024
+HANDED = b"\0"
+"""Stands for the address of the connection's other end."""
 READ = select.EPOLLIN
 WRITE = select.EPOLLOUT
 _MOST_EVENTS = 256
@@ -59,6 +62,11 @@ class Phase(Enum):
 _READING = Phase.READING
 
 
+class Watched(Protocol):
+    def on_ready(self, events: int) -> None:
+        """The socket is ready for these."""
+
+
 class Poller:
     """Which client sockets are ready: one epoll of the worker's own, which the event loop watches.
 
@@ -70,10 +78,10 @@ class Poller:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._epoll = select.epoll()
-        self._watched: dict[int, Connection] = {}
+        self._watched: dict[int, Watched] = {}
         loop.add_reader(self._epoll.fileno(), self._turn)
 
-    def watch(self, fd: int, watched: "Connection", before: int, events: int) -> None:
+    def watch(self, fd: int, watched: Watched, before: int, events: int) -> None:
         """Change the watched events from `before`; with 0 not even errors are reported."""
         if not before:
             self._watched[fd] = watched
@@ -158,6 +166,8 @@ class Connection:
     client: str
     """For fair shares: the address, or this connection alone for addresses in `clients.shared`."""
     _pacers: tuple[Pacer, ...]
+    handed: bytes = HANDED
+    """What is told to the worker that it is handed over to."""
     since: float = field(init=False)
     _fd: int = field(init=False)
     _phase: Phase = _READING
@@ -240,7 +250,7 @@ class Connection:
                 try:
                     check_begun(pending)
                 except Problem as problem:
-                    self._refuse(problem)
+                    self.refuse(problem)
                 break
             head = bytes(pending[: end + len(_HEAD_END)])
             del pending[: len(head)]
@@ -348,7 +358,7 @@ class Connection:
         try:
             request = parse_head(head, self.client)
         except Problem as problem:
-            self._refuse(problem)
+            self.refuse(problem)
             return
         if request.plain and request.keep_alive and request.minor_version == 1:
             row = context.hot_cache.find_target(request.target)
@@ -374,7 +384,7 @@ class Connection:
         self._send(response, began)
         self._advance()
 
-    def _refuse(self, problem: Problem) -> None:
+    def refuse(self, problem: Problem) -> None:
         """Answer with a problem and close: it is unknown where the next request begins."""
         response = self._context.handler.refuse(problem, keep_alive=False)
         self._send(response, self._context.access_log.clock())
@@ -405,7 +415,7 @@ class Connection:
         """The service stops: reject a queued download, so that its client can ask another GUP."""
         if self._phase is Phase.QUEUED:
             self._release()
-            self._refuse(stopping())
+            self.refuse(stopping())
 
     def _start(self, response: Response, body_sent: int = 0) -> None:
         """`body_sent` bytes of its body have been sent already: the rest when the socket takes more."""
@@ -514,7 +524,7 @@ class Connection:
         """Pass the idle connection to another process; False when the queue to it is full."""
         assert self.idle
         try:
-            socket.send_fds(to, [b"\0"], [self._fd])
+            socket.send_fds(to, [self.handed], [self._fd])
         except OSError:
             return False
         self._watch(0)  # closing does not end it, since the other process has it open
@@ -549,7 +559,7 @@ class Connection:
     def expire(self) -> None:
         """Time is up: a client that has sent a part of a head gets a 408, an unfinished response is cut."""
         if self._phase is _READING and self._pending:
-            self._refuse(Problem("request-timeout", "the request head took too long to arrive"))
+            self.refuse(Problem("request-timeout", "the request head took too long to arrive"))
         elif self._phase is Phase.SENDING:
             self.cut()
         else:

@@ -140,7 +140,9 @@ class Handler:
                 span = next((segment for segment in response.segments if isinstance(segment, Span)), None)
                 if opened.entry is None:
                     if span is not None and response.status == 206 and len(response.segments) == 1:
-                        alone = await self._span_alone(route, choice, opened, span, passed)
+                        alone = await self._cache.span_alone(
+                            opened, route, choice.asked, span.start, span.stop, passed
+                        )
                         if alone is not opened:
                             opened, response = alone, self._plan(request, choice, alone)
                     return self._complete(request, opened, response)
@@ -153,21 +155,6 @@ class Handler:
             return self.refuse(problem, request, keep_alive=False)
         except Exception as error:  # noqa: BLE001 - as above
             return self._failed(error, request, route, choice)
-
-    async def _span_alone(
-        self, route: Route, choice: Choice, opened: Opened, span: Span, passed: tuple[str, ...]
-    ) -> Opened:
-        """Fetch a range of a growing body separately if the fill will not reach it soon."""
-        alone = self._cache.pass_through.range
-        try:
-            body = await alone(opened, route, choice.asked, span.start, span.stop, passed)
-        except BaseException:
-            opened.body.leave()  # the client has gone
-            raise
-        if body is None:
-            return opened
-        opened.body.leave()
-        return replace(opened, body=body, result=Result.BYPASS)
 
     def _plan(self, request: Request, choice: Choice, opened: Opened) -> Response:
         if self.draining:

@@ -15,11 +15,12 @@ from weakref import WeakValueDictionary
 
 from gup import config
 from gup.cache.fair_shares import client_of, networks_of
-from gup.errors import is_exhausted
+from gup.errors import Problem, is_exhausted
 from gup.server.admission import Admission
-from gup.server.connection import Connection, Context, Pacer, Poller, close_by_reset
+from gup.server.connection import HANDED, READ, Connection, Context, Pacer, Poller, close_by_reset
 from gup.server.handler import Handler
 from gup.server.peer import PeerAdmission, PeerHandler
+from gup.server.proxy_protocol import client_in, missing_bytes
 from gup.units import format_http_date
 
 log = logging.getLogger("gup.listener")
@@ -34,6 +35,55 @@ _PAUSE_SECONDS = 0.1  # after running out of descriptors, so that open connectio
 _QUIET_SECONDS = 60.0  # running out is logged again only after this long without it
 _TICK_SECONDS = 0.1
 _IDLE_FOUND = 256
+_HANDED_BYTES = 64  # an address and a port
+_PROXY_HEADER_SECONDS = 1.0
+
+
+def _reset(sock: socket.SocketType) -> None:
+    close_by_reset(sock)
+    sock.close()
+
+
+class ProxiedConnection:
+    """A connection from a proxy until its PROXY header is read, which names the client to admit.
+
+    Not a byte behind the header is read: what follows is as if the client had just connected, and other
+    connections have no part in any of this.
+    """
+
+    __slots__ = ("_header", "_listener", "_watched", "address", "port", "since", "sock")
+
+    def __init__(
+        self, listener: "Listener", sock: socket.SocketType, address: str, port: int, now: float
+    ) -> None:
+        self._listener, self.sock, self.address, self.port, self.since = listener, sock, address, port, now
+        self._header, self._watched = b"", False
+
+    def on_ready(self, events: int = READ) -> None:
+        del events
+        listener = self._listener
+        try:
+            while missing := missing_bytes(self._header):
+                piece = self.sock.recv(missing)
+                if not piece:
+                    listener.end_proxied(self)
+                    return
+                self._header += piece
+        except (BlockingIOError, InterruptedError):
+            if not self._watched:
+                self._watched = True
+                listener.poller.watch(self.sock.fileno(), self, 0, READ)
+        except OSError:
+            listener.end_proxied(self)
+        except Problem as problem:
+            listener.refuse_proxied(self, problem)
+        else:
+            listener.admit_proxied(self, client_in(self._header))
+
+    def forget(self) -> None:
+        """Another object watches the socket from now on, or it is closed."""
+        if self._watched:
+            self._listener.poller.watch(self.sock.fileno(), self, READ, 0)
 
 
 class Listener:
@@ -69,7 +119,9 @@ class Listener:
             handler.access_log,
             self._closed,
         )
+        self.poller = self._context.poller
         self._connections: set[Connection] = set()
+        self._proxied: set[ProxiedConnection] = set()
         self._idle: list[Connection] = []
         self._none_idle_at = 0
         self._quiet_until = 0.0
@@ -113,24 +165,74 @@ class Listener:
                     return
                 raise
             sock = socket.SocketType(family, socket.SOCK_STREAM, 0, fd)
-            self._admit(sock, *address[:2])
+            is_proxy = self._admission.is_proxy
+            if is_proxy is not None and is_proxy(address[0]):
+                self._await_header(sock, *address[:2])
+            else:
+                self._admit(sock, *address[:2])
 
-    def _admit(self, sock: socket.SocketType, address: str, port: int) -> None:
+    def _admit(self, sock: socket.SocketType, address: str, port: int, handed: bytes = HANDED) -> None:
         if self._admission.admit(address, self._make_room):
-            self._begin(sock, address, port)
+            self._make(sock, address, port, handed).begin()
         else:
-            close_by_reset(sock)
-            sock.close()
+            _reset(sock)
 
-    def _begin(self, sock: socket.SocketType, address: str, port: int) -> None:
+    def _make(self, sock: socket.SocketType, address: str, port: int, handed: bytes = HANDED) -> Connection:
+        """The connection of a client that is admitted, and counted."""
         sock.setblocking(False)
         if len(self._connections) >= _CROWD:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _CROWD_UNSENT_BYTES)
         client = f"{address} {port}" if self._is_shared(address) else client_of(address)
-        connection = Connection(self._context, sock, address, client, self._pacers(client))
+        connection = Connection(self._context, sock, address, client, self._pacers(client), handed)
         self._connections.add(connection)
         self._handler.access_log.connected.add(address)
-        connection.begin()
+        return connection
+
+    # --- connections of proxies
+
+    def _await_header(self, sock: socket.SocketType, address: str, port: int) -> None:
+        if not self._admission.reserve(self._make_room):
+            _reset(sock)
+            return
+        sock.setblocking(False)
+        proxied = ProxiedConnection(self, sock, address, port, self._loop.time())
+        self._proxied.add(proxied)
+        proxied.on_ready()  # the header has arrived already as a rule
+
+    def admit_proxied(self, proxied: ProxiedConnection, client: tuple[str, int] | None) -> None:
+        """The header names this client; None: the proxy asks for itself."""
+        self._forget_proxied(proxied)
+        if client is None:
+            self._admit(proxied.sock, proxied.address, proxied.port)
+        else:
+            address, port = client
+            self._admit(proxied.sock, address, port, f"{address} {port}".encode())
+
+    def refuse_proxied(self, proxied: ProxiedConnection, problem: Problem) -> None:
+        """Answer the proxy that this is no header."""
+        self._forget_proxied(proxied)
+        if self._admission.admit(proxied.address, self._make_room):
+            self._make(proxied.sock, proxied.address, proxied.port).refuse(problem)
+        else:
+            _reset(proxied.sock)
+
+    def end_proxied(self, proxied: ProxiedConnection) -> None:
+        """Its header did not come whole."""
+        self._forget_proxied(proxied)
+        proxied.sock.close()
+        self._note_ended()
+
+    def _forget_proxied(self, proxied: ProxiedConnection) -> None:
+        proxied.forget()
+        self._proxied.discard(proxied)
+        self._admission.release()
+
+    def _expire_proxied(self, now: float) -> None:
+        for proxied in [p for p in self._proxied if now - p.since > _PROXY_HEADER_SECONDS]:
+            self._admission.refuse("proxy")
+            self.end_proxied(proxied)
+
+    # --- limits
 
     def _pacers(self, client: str) -> tuple[Pacer, ...]:
         """The allowances of a new connection: its own, and that of its address."""
@@ -176,7 +278,10 @@ class Listener:
     def _closed(self, connection: Connection) -> None:
         self._connections.discard(connection)
         self._admission.leave(connection.peer)
-        if not self._connections:
+        self._note_ended()
+
+    def _note_ended(self) -> None:
+        if not self._connections and not self._proxied:
             self._empty.set()
 
     # --- time
@@ -186,6 +291,8 @@ class Listener:
         context.now, context.wall_now = self._loop.time(), time.time()
         if self._leaving:
             self._hand_over()
+        if self._proxied:
+            self._expire_proxied(context.now)
         if int(context.wall_now) != self._second:
             self._second = int(context.wall_now)
             context.date = format_http_date(context.wall_now).encode()
@@ -209,7 +316,7 @@ class Listener:
         self._leaving = True
         self._empty.clear()
         self._hand_over()
-        if self._connections:
+        if self._connections or self._proxied:
             await self._empty.wait()
 
     def _stop_accepting(self) -> None:
@@ -228,21 +335,21 @@ class Listener:
             elif not connection.hand_over(self._handed[1]):
                 return
 
-    def _receive_handed(self, handed: socket.socket) -> None:
+    def _receive_handed(self, receiving: socket.socket) -> None:
         for _ in range(_ACCEPTS_A_TURN):
             try:
-                _, fds, _, _ = socket.recv_fds(handed, 1, 1, socket.MSG_CMSG_CLOEXEC)
+                handed, fds, _, _ = socket.recv_fds(receiving, _HANDED_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
                 return
             for fd in fds:
                 sock = socket.socket(fileno=fd)
                 try:
-                    address, port = sock.getpeername()[:2]
+                    address, port = handed.decode().split() if handed != HANDED else sock.getpeername()[:2]
                 except OSError:  # the client is gone
                     sock.close()
                     continue
                 self._admission.count(address)
-                self._begin(sock, address, port)
+                self._make(sock, address, int(port), handed).begin()
 
     async def drain(self, timeout_seconds: float) -> None:
         context = self._context
@@ -253,6 +360,8 @@ class Listener:
         self._empty.clear()
         for connection in [c for c in self._connections if c.idle]:
             connection.close()
+        for proxied in list(self._proxied):
+            self.end_proxied(proxied)
         context.downloads.stop()
         for connection in list(self._connections):
             connection.reject()

@@ -12,11 +12,12 @@ from typing import Any
 
 from gup import config
 from gup.cache.cache import Cache, Result
-from gup.cache.inflight import FillDependencies
+from gup.cache.inflight import OF_MEMBER, FillDependencies
+from gup.cache.records import Head
 from gup.cluster.orders import FILE, covers
 from gup.cluster.signing import Question, Refused, Signer
 from gup.content.key import BadKeyError, ContentKey
-from gup.content.routes import Routes, parse_target
+from gup.content.routes import Route, Routes, parse_target
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.server.access_log import AccessLog
 from gup.server.downloads import Downloads
@@ -25,14 +26,15 @@ from gup.server.ranges import Span
 from gup.server.request import Request
 from gup.server.response import Response, Serving, field_lines, plan, refuse
 from gup.units import format_http_date
-from gup.upstream.exchange import GivenHead, Validators, gup_names
-from gup.upstream.members import NOT_READY
+from gup.upstream.exchange import PASSED_ON, GivenHead, GivenProblem, Validators, gup_names
+from gup.upstream.members import COMING, NOT_HELD, NOT_READY
 
 log = logging.getLogger("gup.peer")
 
 _ORDERS_SECONDS, _LOOK_SECONDS = 0.9, 0.01
 _READY_SECONDS = 1.0
 """A question that can't be answered by then is answered with NOT_READY, and asked again."""
+_TRIES = 3
 
 
 class PeerLog(AccessLog):
@@ -174,42 +176,77 @@ class PeerHandler:
         if key not in route.keys(key.variant):
             raise Problem("bad-request", f"{key.text} is not a key of this path")
         passed = tuple(name for name in gup_names(request.header("via")) if name != self._node)
-        if request.header("gup-held") == "1":
-            opened = await self._cache.held(key, route)
+        try:
+            async with asyncio.timeout(_READY_SECONDS):
+                return await self._answer_for(request, route, key, passed, fields)
+        except TimeoutError:
+            return self._plain(NOT_READY, request)
+        except Problem as problem:
+            if problem.slug in PASSED_ON:
+                known = self._dependencies.failures.get(key, route.upstream_path)
+                left = (known.stands_seconds if known is not None else None) or 0.0
+                retry = problem.retry_after_seconds
+                fields["GUP-Problem"] = GivenProblem(problem.slug, problem.detail, retry, left).text()
+            raise
+
+    async def _answer_for(
+        self,
+        request: Request,
+        route: Route,
+        key: ContentKey,
+        passed: tuple[str, ...],
+        fields: dict[str, str],
+    ) -> Response:
+        asker = request.header("gup-client")
+        client, held = OF_MEMBER + asker if asker else "", request.header("gup-held") == "1"
+        if request.method == "HEAD" and not held:
+            head, _, age = await self._cache.head(route, key.variant, passed, client)
+            return self._plan(request, head, age, fields)
+        for _ in range(_TRIES):
+            opened = await (
+                self._cache.held(key, route) if held else self._cache.open(route, key.variant, passed, client)
+            )
             if opened is None:
-                return self._plain(409, request)
-        else:
-            try:
-                async with asyncio.timeout(_READY_SECONDS):
-                    client = request.header("gup-client") or ""
-                    opened = await self._cache.open(route, key.variant, passed, client)
-            except TimeoutError:
-                return self._plain(NOT_READY, request)
-        body, head = opened.body, opened.body.head
+                return self._plain(COMING if self._cache.has_part(key) else NOT_HELD, request)
+            response = self._plan(request, opened.body.head, opened.age_seconds, fields, ranges=opened.ranges)
+            span = next((segment for segment in response.segments if isinstance(segment, Span)), None)
+            if span is None:
+                opened.body.leave()
+                return response
+            if opened.entry is None and response.status == 206 and not held:
+                opened = await self._cache.span_alone(
+                    opened, route, key.variant, span.start, span.stop, passed
+                )
+            # The first bytes must be readable: until then the asking node can be told.
+            if opened.entry is None or await self._cache.is_sound_at(opened, span.start):
+                response.body, response.sent_at = opened.body, self._sent_at
+                return response
+        raise Problem("internal-error", "the entry was replaced during each try", retry_after_seconds=1)
+
+    def _plan(
+        self, request: Request, head: Head, age: int, fields: dict[str, str], *, ranges: bool = True
+    ) -> Response:
+        validators = Validators(head.upstream_etag, head.last_modified)
         given = GivenHead(
             head.etag,
             head.upstream,
             head.upstream_etag,
             head.last_modified,
-            Validators(head.upstream_etag, head.last_modified),
-            opened.age_seconds,
+            validators,
+            age,
             head.order,
         )
         fields["GUP-Head"] = given.text()
-        serving = Serving(self._date(), self._via, opened.age_seconds, "gup", None, opened.ranges)
-        response = plan(request, head, serving)
+        response = plan(request, head, Serving(self._date(), self._via, age, "gup", None, ranges))
         response.result = Result.HIT
-        if any(isinstance(segment, Span) for segment in response.segments):
-            response.body, response.sent_at = body, self._sent_at
-        else:
-            body.leave()
         return response
 
     async def _tell(self, request: Request, fields: dict[str, str]) -> Response:
         """What is not about content."""
         status, body = 200, b""
         if request.target == b"/readyz":
-            status = 200 if self._orders.ready and not self.draining else 503
+            ready = self._orders.ready and self._dependencies.members.settled and not self.draining
+            status = 200 if ready else 503
         elif request.target == b"/orders":
             body = await self._orders.all()
         else:
@@ -237,6 +274,8 @@ class PeerHandler:
 class PeerAdmission:
     """In place of Admission: who asks is known by the signature."""
 
+    is_proxy: Callable[[str], bool] | None = None
+
     def apply(self, settings: config.Settings) -> None:
         """Nothing."""
 
@@ -247,6 +286,17 @@ class PeerAdmission:
     def admit(self, address: str, make_room: Callable[[], bool]) -> bool:
         del address, make_room
         return True
+
+    def reserve(self, make_room: Callable[[], bool]) -> bool:
+        del make_room
+        return True
+
+    def release(self) -> None:
+        """Nothing."""
+
+    def refuse(self, reason: str) -> bool:
+        del reason
+        return False
 
     def count(self, address: str) -> None:
         """Nothing."""

@@ -18,6 +18,7 @@ _TARGET_TOO_LONG = f"A request target may have at most {MAX_TARGET_BYTES} bytes.
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _TLS_HANDSHAKE = b"\x16\x03"
+_PROXY_V1, _PROXY_V2 = b"PROXY ", b"\0"  # of version 2 what follows two empty lines, which have been skipped
 _BEGINNING = re.compile(rb"\r?\Z|[A-Za-z]")  # of all registered methods
 _REQUEST_LINE = re.compile(_TOKEN + rb" ([\x21-\x7e]+) HTTP/([0-9]\.[0-9])\r\n")
 # No CR, LF or control but a tab inside a line; a line that begins with a space would be an obs-fold.
@@ -89,7 +90,16 @@ def _check_beginning(buffer: bytes | bytearray) -> None:
     if buffer.startswith(_TLS_HANDSHAKE):
         raise Problem("bad-request", "This port speaks HTTP without TLS: ask for http://, not https://.")
     if not _BEGINNING.match(buffer):
+        if buffer.startswith(_PROXY_V2):
+            raise _foreign_proxy()
         raise Problem("bad-request", "This is not HTTP.")
+
+
+def _foreign_proxy() -> Problem:
+    return Problem(
+        "bad-request",
+        "A PROXY header is read only where a connection from an address in listen.proxy_protocol begins.",
+    )
 
 
 def _check_size(buffer: bytes | bytearray) -> None:
@@ -104,6 +114,8 @@ def _check_size(buffer: bytes | bytearray) -> None:
 
 def _check_line(head: bytes | bytearray) -> re.Match[bytes]:
     line = _REQUEST_LINE.match(head)
+    if not line and head.startswith(_PROXY_V1):
+        raise _foreign_proxy()
     if not line:
         raise Problem("bad-request", "The request line is malformed.")
     if len(line[1]) > MAX_TARGET_BYTES:

@@ -27,8 +27,9 @@ TRIES = 3
 _NEVER = 1 << 62
 _REJOIN_SECONDS = 2.0
 _REJOIN_PAUSE_SECONDS = 0.03
-"""After a break nodes go on one after the other, the one that ranks highest over the WAN, so that the rest is
-not fetched by each: the others ask for so long whether it does."""
+"""After a break the node that ranks highest of those with a part goes on over the WAN. The others ask for so
+long whether it does, so that the rest is not fetched by each.
+"""
 _FIRST_BACKOFF_SECONDS = 0.2
 _LONGEST_BACKOFF_SECONDS = 5.0
 
@@ -268,10 +269,10 @@ class Download:
         if self._looked:
             return None
         self._looked = True
-        patience = self._clock() + _REJOIN_SECONDS if self.received else 0.0
+        patience, begun = self._clock() + _REJOIN_SECONDS, self.received > 0
         while True:
-            self._holder, above = await self._members.holding(self._template, self._passed_over)
-            if self._holder is not None or not above or self._clock() >= patience:
+            self._holder, coming = await self._members.holding(self._template, self._passed_over, begun=begun)
+            if self._holder is not None or not coming or self._clock() >= patience:
                 return self._holder
             await asyncio.sleep(_REJOIN_PAUSE_SECONDS)
 
@@ -396,7 +397,7 @@ class Download:
         sure_to = min(self.received, self._unsure_from, source.compared_to if source else _NEVER)
         # Other upstreams may have other tags for the same bytes: for immutable content the overlap decides.
         validators = source.validators if source else Validators() if self._immutable else self._first
-        plain = replace(self._template, if_none_match=None, if_modified_since=None)
+        plain = replace(self._template, if_none_match=None, if_modified_since=None, own_etag=None)
         return replace(plain, start=max(0, sure_to - OVERLAP_BYTES), if_range=validators.if_range)
 
     def _check_length(self, remote: RemoteHead) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field, Strict, TypeAdapter
 
 from gup.cluster.orders import KnownText
 from gup.config.loading import mask_password
-from gup.errors import GupError, quoted
+from gup.errors import SHOWN_BYTES, GupError, Problem, quoted
 from gup.jsonmodel import parse, read
 from gup.units import parse_http_date
 
@@ -233,6 +233,41 @@ class GivenHead:
 @cache
 def _given_model() -> TypeAdapter[GivenHead]:
     return TypeAdapter(GivenHead)
+
+
+PASSED_ON = frozenset({"upstream-not-found", "upstream-gone", "queue-full"})
+"""The problems of a member that are the asking node's too; of others it may be free."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenProblem:
+    """A problem that another member of the cluster passes on, and remembers for `stands_seconds`."""
+
+    slug: Annotated[str, Field(pattern=f"^({'|'.join(sorted(PASSED_ON))})$")]
+    detail: Annotated[str, Field(max_length=SHOWN_BYTES)]
+    retry_after_seconds: Annotated[float, Field(ge=0, le=LONGEST_RETRY_AFTER_SECONDS)] | None
+    stands_seconds: Annotated[float, Field(ge=0, le=LONGEST_RETRY_AFTER_SECONDS)]
+
+    @classmethod
+    def parse(cls, text: str) -> "GivenProblem":
+        """InvalidError when it is not one."""
+        return read(
+            _problem_model(), parse(text.encode("latin-1"), "GUP-Problem", 8 * SHOWN_BYTES), "GUP-Problem"
+        )
+
+    def text(self) -> str:
+        return json.dumps(_problem_model().dump_python(self), separators=(",", ":"))
+
+    def problem(self) -> Problem:
+        retry = self.retry_after_seconds
+        return Problem(
+            self.slug, quoted(self.detail), retry_after_seconds=retry, stands_seconds=self.stands_seconds
+        )
+
+
+@cache
+def _problem_model() -> TypeAdapter[GivenProblem]:
+    return TypeAdapter(GivenProblem)
 
 
 @dataclass(frozen=True, slots=True)

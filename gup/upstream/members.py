@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from gup import config
@@ -17,7 +18,15 @@ from gup.cluster.signing import Question, Signer
 from gup.jsonmodel import InvalidError
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Wan
-from gup.upstream.exchange import GivenHead, RemoteHead, UpstreamFailure, read_age, refusal, rejected
+from gup.upstream.exchange import (
+    GivenHead,
+    GivenProblem,
+    RemoteHead,
+    UpstreamFailure,
+    read_age,
+    refusal,
+    rejected,
+)
 from gup.upstream.pool import Answer
 from gup.upstream.session import Ask, Fields, Upstream
 
@@ -29,10 +38,22 @@ _SILENT_SECONDS = 3.0
 _CONNECT_SECONDS = 1.0
 _MOST_ASKS = 64
 """Questions to members at a time, in this process; those that read a body do not count."""
-_HELD_SECONDS = 0.05
+_MOST_LOOKS = 256
+"""The same for questions about what members hold, which are answered at once: they must not wait behind those
+that wait for a fill."""
+_HELD_SECONDS = 1.0
+"""Members answer in some milliseconds what they hold. One that is busy gets so long, since without its answer
+the WAN would carry what it holds a second time.
+"""
+_GRACE_SECONDS = 0.02
+"""And so long those whose answer may have come while this process was busy."""
+_SETTLE_SECONDS, _SETTLE_POLL_SECONDS = 10.0, 0.02
+"""The controller writes a list within 2 s of its start; this is for one that can't."""
 _ERROR_BODY_BYTES = 64 * 1024
-NOT_READY, NOT_HELD = 202, 409
-"""What a member answers when the body has not begun within a second, and when it does not hold it."""
+NOT_READY, NOT_HELD, COMING = 202, 409, 425
+"""What a member answers when the body has not begun within a second, when it does not hold it, and when it
+has a part of it that does not come over the WAN.
+"""
 
 
 _MARK = "member "
@@ -75,13 +96,16 @@ class Members:
         signer: Callable[[], Signer] | None = None,
         time_ms: Callable[[], int] = lambda: 0,
         listed: Callable[[], Mapping[str, str]] = dict,
+        settled: Callable[[], bool] = lambda: True,
         is_purged: Callable[[str, str, str], bool] = lambda _key, _kind, _order: False,
     ) -> None:
         """Without more than the counters: of a gup that is alone. `time_ms` is the engine's time, `listed`
-        the addresses of the members that may be asked, by name. `is_purged` tells of a copy's key, kind and
-        order whether a purge names it that its member did not know.
+        the addresses of the members that may be asked, by name; `settled`: that list is of this run.
+        `is_purged` tells of a copy's key, kind and order whether a purge names it that its member did not
+        know.
         """
         self._is_purged = is_purged
+        self._settled, self._settle_by = settled, time.monotonic() + _SETTLE_SECONDS
         self.wan = Wan.free()
         self._counters, self._user_agent, self._via, self._node = counters, user_agent, via, node
         self._signer, self._time_ms, self._listed = signer, time_ms, listed
@@ -89,6 +113,7 @@ class Members:
         self._retired: list[Member] = []
         self._members: dict[str, Member] = {}
         self._asks = asyncio.Semaphore(_MOST_ASKS)
+        self._looks = asyncio.Semaphore(_MOST_LOOKS)
 
     def _refresh(self) -> None:
         """Requests in progress go on when a member is no longer listed."""
@@ -112,52 +137,74 @@ class Members:
 
     # --- choice
 
+    @property
+    def settled(self) -> bool:
+        """Whether the members are known. At the start of a node they are not, for a moment."""
+        return self._settled() or time.monotonic() >= self._settle_by
+
+    async def settle(self) -> None:
+        """Wait for that: nothing should be fetched that a member may hold."""
+        while not self.settled:  # noqa: ASYNC110 - another process sets it
+            await asyncio.sleep(_SETTLE_POLL_SECONDS)
+
     def above(self, key: str) -> list[Member]:
         """Those that rank higher than this node, the highest first: they may fetch for it."""
         self._refresh()
         return [self._members[name] for name in above(key, self._node, self._members)]
 
-    async def holding(self, ask: Ask, without: Collection[str]) -> tuple[Member | None, bool]:
+    async def holding(self, ask: Ask, without: Collection[str], *, begun: bool) -> tuple[Member | None, bool]:
         """A member that holds the body of `ask.key`, if any; asks all but `without` at once.
 
-        And whether a member above this node answered that it does not: it may go to the WAN for it now.
+        And whether one should be asked again since it has a part, which it may go on with: of a body that is
+        `begun` here, only one that ranks higher, so that two nodes don't wait for each other.
         """
         self._refresh()
         others = [self._members[name] for name in ranked(ask.key, self._members)]
         others = [member for member in others if member.name not in without]
-        higher, answered = self.above(ask.key), set[Member]()
-        question = replace(ask, method="HEAD", held=True, start=0, stop=None, if_range=None)
+        rivals = self.above(ask.key) if begun else others
+        question = replace(ask, method="HEAD", held=True, start=0, stop=None, if_range=None, own_etag=None)
+        coming = {member for member in rivals if begun and member in others}  # until they have answered
 
         async def holds(member: Member) -> Member | None:
             try:
                 answer = await self.ask(member, question)
             except UpstreamFailure as failure:
-                if failure.status is not None:
-                    answered.add(member)
+                if member in rivals and failure.status == COMING:
+                    coming.add(member)
+                else:
+                    coming.discard(member)
                 return None
             return member if isinstance(answer, RemoteHead) and answer.status == 200 else None
 
+        from gup.upstream import connector  # noqa: F401, PLC0415 - imports aiohttp: not while the time runs
+
         tasks = [asyncio.ensure_future(holds(member)) for member in others]
+        waiting, until = set(tasks), time.monotonic() + _HELD_SECONDS
         try:
-            async with asyncio.timeout(_HELD_SECONDS):
-                for coming in asyncio.as_completed(tasks):
-                    if (found := await coming) is not None:
-                        return found, False
-        except TimeoutError:
-            pass
+            while waiting:
+                left = until - time.monotonic()
+                done, waiting = await asyncio.wait(
+                    waiting, timeout=max(left, _GRACE_SECONDS), return_when=asyncio.FIRST_COMPLETED
+                )
+                found = next(filter(None, (task.result() for task in done)), None)
+                if found is not None:
+                    return found, False
+                if not done and left <= _GRACE_SECONDS:
+                    break
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return None, any(member in answered for member in higher)
+        return None, bool(coming)
 
     # --- asking
 
     async def ask(self, member: Member, ask: Ask) -> "Answer | RemoteHead":
         """One question, repeated while the member is not ready. As Pool.ask; UpstreamFailure with status
-        NOT_HELD when it does not hold the body.
+        NOT_HELD when it does not hold the body; Problem when it has one that is this node's, too.
         """
-        async with self._asks:
+        ask = replace(ask, if_none_match=ask.own_etag, if_modified_since=None)
+        async with self._looks if ask.held else self._asks:
             while True:
                 question = self._question(member, ask)
                 response = await member.request(replace(ask, signed=question.fields))
@@ -174,7 +221,7 @@ class Members:
         own = {
             "GUP-Key": ask.key,
             "GUP-Class": str(ask.share.priority),
-            "GUP-Client": ask.client,
+            "GUP-Client": blake2b(ask.client.encode(), digest_size=8).hexdigest() if ask.client else "",
             "GUP-Held": "1" if ask.held else "0",
         }
         signer, now = self._signer(), self._time_ms()
@@ -187,6 +234,12 @@ class Members:
         assert self._signer is not None
         if not self._signer().verify_answer(question, status, response.headers.items()):
             raise rejected(f"{name} did not sign its answer as a member of this cluster")
+        if (passed_on := response.headers.get("GUP-Problem")) is not None:
+            await _drain(response)
+            try:
+                raise GivenProblem.parse(passed_on).problem()
+            except InvalidError as error:
+                raise rejected(f"{name} sent a problem that can't be read: {error}") from error
         if status in (404, 410, 304):
             await _drain(response)
             return RemoteHead(status, 0, None, None, None, "", name, read_age(response.headers.get("Age")))

@@ -47,8 +47,9 @@ class Ask:
     `start` on. The bytes are charged to `share`, which all requests of a download have in common. `passed`
     are the gups that the client's request came through. `client` is who asked, "" for a request of gup's
     own. `check`: a health check, for which any response is good. `key` is the content key; `held`: a
-    member of the cluster is to answer only with what it holds, and to fetch nothing. `signed` are the fields
-    of a signed question to one.
+    member of the cluster is to answer only with what it holds, and to fetch nothing. `own_etag` is the tag of
+    the body here, which members have in common, beside upstream's in `if_none_match`. `signed` are the fields
+    of a signed question to a member.
     """
 
     path: str
@@ -67,6 +68,7 @@ class Ask:
     check: bool = False
     key: str = ""
     held: bool = False
+    own_etag: str | None = None
     signed: Mapping[str, str] = field(default_factory=dict)
 
     @property

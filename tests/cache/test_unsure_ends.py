@@ -45,6 +45,12 @@ def until_it_closes(body: bytes, told: int | None = None, *, ranges: bool = True
 WHOLE = LARGE
 
 
+def methods(upstream: RawUpstream) -> list[str]:
+    """Of all requests. A HEAD sent again counts once: aiohttp does that when the connection ends too soon."""
+    seen = [request.method for request in upstream.seen]
+    return [method for number, method in enumerate(seen) if seen[:number][-1:] != ["HEAD"] or method == "GET"]
+
+
 @pytest.mark.parametrize(("path", "body"), CASES.values(), ids=CASES.keys())
 async def test_all_that_came_is_passed_on_and_nothing_is_stored(tmp_path, until, path, body):
     with RawUpstream(until_it_closes(body)) as upstream:
@@ -74,7 +80,7 @@ async def test_a_head_that_tells_the_same_length_confirms_the_end(tmp_path, unti
             stored = await one.open(path)
             assert (stored.result, stored.body.head.length) == (Result.HIT, len(body))
             stored.body.leave()
-    assert [request.method for request in upstream.seen] == ["GET", "HEAD"]
+    assert methods(upstream) == ["GET", "HEAD"]
 
 
 async def test_a_body_that_stops_at_half_is_gone_on_with_when_a_head_tells_its_length(tmp_path, until):
@@ -84,7 +90,7 @@ async def test_a_body_that_stops_at_half_is_gone_on_with_when_a_head_tells_its_l
             assert await one.get(path) == LARGE
             await until(lambda: not one.cache.fills, "the fill ends")
             assert (await one.open(path)).result is Result.HIT
-    assert [request.method for request in upstream.seen] == ["GET", "HEAD", "GET"]
+    assert methods(upstream) == ["GET", "HEAD", "GET"]
 
 
 async def test_more_than_a_head_tells_is_refused(tmp_path):

@@ -268,22 +268,30 @@ def test_an_odd_url_is_refused():
     assert "no control plane answers" in run("status", "--admin", "http://[::1").stderr
 
 
-def test_upgrade_says_which_version_serves_or_why_not(plane, monkeypatch):
+@pytest.mark.parametrize(
+    ("serving", "leaving", "words"),
+    [
+        (1, 1, "1 new worker; 1 earlier one finishes its responses"),
+        (2, 3, "2 new workers; 3 earlier ones finish their responses"),
+        (4, 0, "4 new workers"),
+    ],
+)
+def test_upgrade_says_which_version_serves(plane, serving, leaving, words):
     row = {"slot": 0, "pid": 8, "up_since": 0.0, "ready": True, "leaving": False}
     told = iter(
         [
             {"version": "1", "pid": 7, "workers": [row]},
             {"version": "1", "pid": 7, "workers": [row | {"leaving": True}, row | {"pid": 10}]},
             {"version": "2", "pid": 11, "workers": [row | {"pid": 10, "ready": False}]},
-            {"version": "2", "pid": 11, "workers": [row | {"leaving": True}, row | {"pid": 10}]},
+            {"version": "2", "pid": 11, "workers": [row | {"leaving": True}] * leaving + [row] * serving},
         ]
     )
     plane.answers = lambda method, url: (200, next(told)) if method == "GET" else control_plane(method, url)
     result = run("upgrade", "--admin", plane.url)
-    assert (result.exit_code, result.stdout) == (
-        0,
-        "gup 2 serves with 1 new workers; 1 earlier ones finish their responses\n",
-    )
+    assert (result.exit_code, result.stdout) == (0, f"gup 2 serves with {words}\n")
+
+
+def test_upgrade_says_why_the_new_version_can_not_take_over(plane, monkeypatch):
     monkeypatch.setitem(globals(), "PROBLEMS", ["SyntaxError: invalid syntax"])
     result = run("upgrade", "--admin", plane.url)
     assert result.exit_code == 1

@@ -60,7 +60,7 @@ class Valkey:
 
     @contextlib.contextmanager
     def client(self, password=None):
-        with Redis(port=self.port, decode_responses=True, password=password) as client:
+        with Redis(port=self.port, password=password, decode_responses=True) as client:
             yield client
 
 

@@ -1,68 +1,18 @@
 """Three real services with two workers each, and a real engine: the list, the shares, the end of a node."""
 
-import json
 import os
 import signal
-import urllib.request
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from cluster.nodes import Valkey
-from harness.processes import free_port, until
-from harness.service import Gup
-from harness.upstreams import ScriptedUpstream
-
-PASSWORD = "the-engines-password"
-
-
-class Site:
-    def __init__(self, folder, valkey, upstream, stack):
-        (folder / "secret").write_text("a-secret-of-the-site\n")
-        (folder / "password").write_text(PASSWORD + "\n")
-        self.folder, self.valkey, self.upstream, self.stack = folder, valkey, upstream, stack
-        self.nodes = {}
-
-    def start(self, name, **changes):
-        port = free_port()
-        cluster = {
-            "url": f"redis://127.0.0.1:{self.valkey.port}",
-            "password_file": str(self.folder / "password"),
-            "site": "lyon",
-            "node": name,
-            "address": f"http://127.0.0.1:{port}",
-            "listen": f"127.0.0.1:{port}",
-            "secret_file": str(self.folder / "secret"),
-            "member_timeout": "2s",
-            **changes,
-        }
-        settings = {"cluster": cluster, "wan": {"rate": "1MB/s"}, "catalog": {"refresh": "0s"}}
-        gup = self.stack.enter_context(Gup(self.folder / name, [self.upstream.url], settings=settings))
-        self.nodes[name] = gup
-        return gup
-
-    def seen_by(self, name):
-        """What this node's API says of the cluster."""
-        with urllib.request.urlopen(f"{self.nodes[name].admin_url}/api/v1/cluster", timeout=10) as answer:
-            return json.load(answer)
-
-    def asked_by(self, name):
-        members = self.seen_by(name)["members"]
-        return {member["name"] for member in members if member["askable"]} - {name}
-
-    def all_ask_all(self):
-        names = set(self.nodes)
-        return all(self.asked_by(name) == names - {name} for name in names)
+from cluster.services import PASSWORD, running
+from harness.processes import until
 
 
 @pytest.fixture
 def site(tmp_path):
-    valkey = Valkey(tmp_path / "valkey")
-    with valkey.client() as client:
-        client.config_set("requirepass", PASSWORD)
-    with ScriptedUpstream() as upstream, ExitStack() as stack:
-        yield Site(tmp_path, valkey, upstream, stack)
-    valkey.kill()
+    with running(tmp_path) as site:
+        yield site
 
 
 def test_three_services_find_each_other_and_lose_one(site):

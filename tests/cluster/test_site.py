@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 
 import pytest
 from cluster.conftest import cluster
@@ -15,6 +16,7 @@ from gup.errors import Problem
 BODY = random.Random(3).randbytes(5_000_000)
 SMALL = BODY[:60_000]
 FILES = [path_of("full.dax", f"26080{n}001") for n in range(6)]
+INDEX = path_of("minitri.flg", "260801001")
 
 
 def order(nodes, path):
@@ -130,3 +132,105 @@ async def test_who_is_no_member_gets_nothing(tmp_path, upstream):
         writer.close()
         await writer.wait_closed()
     assert not upstream.requests(FILES[0])
+
+
+async def test_a_head_is_asked_for_once(tmp_path, upstream):
+    upstream.answer(FILES[0], Answer(BODY, etag='"a"'))
+    async with cluster(tmp_path, [upstream.url], 3) as nodes:
+        owner, second, third = order(nodes, FILES[0])
+        heads = [await head_at(node, FILES[0]) for node in (owner,)]
+        await get(owner, FILES[0])
+        heads += [await head_at(node, FILES[0]) for node in (second, third, owner)]
+        assert {(head.etag, head.length) for head in heads} == {(heads[0].etag, len(BODY))}
+    assert len(upstream.requests(FILES[0], method="HEAD")) == 1
+    assert len(upstream.requests(FILES[0])) == 1
+
+
+async def head_at(node, path):
+    return (await node.worker.cache.head(route(path), Variant()))[0]
+
+
+async def test_an_absence_is_remembered_no_longer_than_by_the_owner(tmp_path, upstream):
+    async with cluster(tmp_path, [upstream.url], 2, cache={"negative_ttl": "10s"}) as nodes:
+        owner, second = order(nodes, FILES[0])
+        key, path = route(FILES[0]).key(Variant()), route(FILES[0]).upstream_path
+        owner.worker.dependencies.failures.put(key, path, Problem("upstream-gone", "no more"), 3.0)
+        for ask in (head_at, get):
+            with pytest.raises(Problem) as problem:
+                await ask(second, FILES[0])
+            assert (problem.value.slug, problem.value.detail) == ("upstream-gone", "no more")
+        assert second.worker.dependencies.failures.get(key, path).stands_seconds <= 3.0
+    assert not upstream.requests(FILES[0])
+
+
+async def test_a_full_queue_is_passed_on(tmp_path, upstream, until):
+    gate = Gate()
+    for path in FILES:
+        upstream.answer(path, Answer(BODY, etag='"a"', head_gate=gate))
+    limits = {"max": 1, "queue_timeout": "0.3s"}
+    async with cluster(tmp_path, [upstream.url], 2, fill=limits) as nodes:
+        owners = {path: order(nodes, path)[0] for path in FILES}
+        owner = next(node for node in nodes if sum(one is node for one in owners.values()) > 1)
+        other = next(node for node in nodes if node is not owner)
+        first, second, *_ = (path for path, one in owners.items() if one is owner)
+        streaming = asyncio.create_task(get(owner, first))
+        await until(lambda: gate.is_reached, "the owner's fetch")
+        with pytest.raises(Problem) as problem:
+            await other.worker.open(second)
+        assert problem.value.slug == "queue-full"
+        assert problem.value.retry_after_seconds
+        gate.open()
+        await streaming
+        assert (await get(other, second))[0] == BODY
+    assert [len(upstream.requests(path)) for path in (first, second)] == [1, 1]
+
+
+async def test_index_files_cross_the_wan_once_a_ttl(tmp_path, upstream):
+    upstream.answer(INDEX, Answer(SMALL, etag='"a"'))
+    async with cluster(tmp_path, [upstream.url], 3, cache={"index_ttl": "10s"}) as nodes:
+        wall = [time.time()]
+        for node in nodes:
+            node.worker.dependencies.wall_clock = lambda: wall[0]
+        owner, second, third = order(nodes, INDEX)
+        for turn in range(1, 4):
+            for node in (second, third, owner, third):
+                assert (await get(node, INDEX))[0] == SMALL
+                wall[0] += 1.5
+            assert len(upstream.requests(INDEX)) == turn
+            wall[0] += 5.0  # 11 s since the owner's
+        assert sum(node.got_bytes for node in nodes) == 2 * len(SMALL), "later ones are conditional"
+    assert [request.status for request in upstream.requests(INDEX)] == [200, 304, 304]
+
+
+async def test_a_range_far_ahead_is_asked_of_the_member_that_fetches(tmp_path, upstream, until):
+    gate = Gate()
+    first = Answer(BODY, etag='"a"', gates=((1_000_000, gate),))
+    upstream.answer(FILES[0], first, Answer(BODY, etag='"a"'))
+    async with cluster(tmp_path, [upstream.url], 2, fill={"range_wait": "0.1s"}) as nodes:
+        owner, second = order(nodes, FILES[0])
+        opened = await second.worker.open(FILES[0])
+        await until(lambda: gate.is_reached, "the owner's fetch")
+        alone = await second.worker.cache.span_alone(opened, route(FILES[0]), Variant(), 4_000_000, 4_100_000)
+        assert alone is not opened
+        assert await read_span(alone.body, 4_000_000, 4_100_000) == BODY[4_000_000:4_100_000]
+        assert owner.sent_bytes >= 100_000
+        gate.open()
+        assert (await get(second, FILES[0]))[0] == BODY
+    asked = upstream.requests(FILES[0])
+    assert [request.body_bytes for request in asked] == [len(BODY), 100_000], "one range for all of the site"
+
+
+async def read_span(body, start, stop):
+    got = bytearray()
+    while start + len(got) < stop:
+        at = start + len(got)
+        if count := body.available(at, stop - at):
+            assert count > 0, "not cut"
+            got += body.view(at, count)
+        else:
+            ready = asyncio.Event()
+            body.wait(at, ready.set)
+            await ready.wait()
+    body.available(stop, 0)
+    body.leave()
+    return bytes(got)

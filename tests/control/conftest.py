@@ -276,6 +276,12 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 
 
 @pytest.fixture
+def table() -> Iterator[EntryTable]:
+    with contextlib.closing(EntryTable()) as table:
+        yield table
+
+
+@pytest.fixture
 async def browser(world: World) -> AsyncIterator[aiohttp.ClientSession]:
     """Shows the token that commands on the same machine show."""
     shown = {"Authorization": f"Bearer {local_path(world.store.run).read_text().strip()}"}

@@ -1,6 +1,7 @@
 """What is evicted in which order, the limits under a running control plane, and the clock of ages."""
 
 import asyncio
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import pytest
@@ -59,10 +60,10 @@ def planned(rows, parts, limits: Limits) -> list[Eviction]:
     space = {"max_size": limits.size, "min_free": limits.free, "keep_revisions": limits.keep}
     cache = Cache.model_construct(**space, max_unused=limits.unused, max_part_age=limits.part_age)
     disk = DiskUsage(tuple(parts), limits.available, sum(row.length_bytes for row in rows))
-    table = EntryTable()
-    for one in rows:
-        table.put(one)
-    return plan_evictions(table, disk, cache, NOW, need=limits.need)
+    with closing(EntryTable()) as table:
+        for one in rows:
+            table.put(one)
+        return plan_evictions(table, disk, cache, NOW, need=limits.need)
 
 
 THIRTY, WEEK = 30 * DAY, 7 * DAY

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gup.cache.store import Store
 from gup.content.key import ContentKey, Kind
-from gup.control.entry_table import ORDERS, ROW, EntryTable, make_row
+from gup.control.entry_table import ORDERS, ROW, make_row
 from gup.control.index import DamagedIndexError, Index, IndexFile
 from gup.control.integrity_jobs import Pass, read_pass
 from gup.control.prefetch import PrefetchQueue, Revisions
@@ -271,6 +271,30 @@ async def test_reconciling_does_not_overrule_what_happens_meanwhile(world, opene
     assert set(index.rows) == {row("fresh").key}
 
 
+async def test_a_cancelled_reconcile_ends_after_its_thread_whenever_that_comes(world, opened, monkeypatch):
+    """Also one that is only waiting for its thread's end: nothing else would end that."""
+    walking, go_on = threading.Event(), threading.Event()
+    index = await opened(world.store.index)
+
+    def slowly(_store):
+        walking.set()
+        go_on.wait(10)
+        return iter(())
+
+    monkeypatch.setattr(type(world.store), "prune", slowly)
+    task = asyncio.create_task(reconcile(world.dependencies(), index, 200.0))
+    await asyncio.to_thread(walking.wait, 10)
+    for _ in range(2):
+        task.cancel()
+        for _ in range(5):
+            await asyncio.sleep(0)
+    assert not task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("gup-reconcile")]
+
+
 async def test_old_bodies_without_a_record_are_removed_and_young_ones_left(world, opened):
     record = world.commit()
     world.store.record_path(record.key).write_bytes(b"{damaged")
@@ -410,8 +434,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize("ask", ASKED.values(), ids=ASKED)
-def test_what_is_asked_of_many_rows_is_found_by_an_index(ask):
-    table = EntryTable()
+def test_what_is_asked_of_many_rows_is_found_by_an_index(ask, table):
     for number in range(300):
         table.put(row(f"f{number:05}"))
     plan = plans_of(table, ask)
@@ -420,8 +443,7 @@ def test_what_is_asked_of_many_rows_is_found_by_an_index(ask):
     assert not [step for step in plan if "TEMP B-TREE" in step], "sorting costs more the more rows there are"
 
 
-def test_rows_are_worth_less_when_they_are_superseded_and_more_when_they_are_the_newest_again():
-    table = EntryTable()
+def test_rows_are_worth_less_when_they_are_superseded_and_more_when_they_are_the_newest_again(table):
     old, new = row(revision="260101001"), row(revision="260101002")
     delta = replace(row("xdelta260101000_To_260101001.dax"), kind=Kind.DELTA)
     for one in (old, delta, replace(new, used_at=1.0)):
@@ -434,9 +456,8 @@ def test_rows_are_worth_less_when_they_are_superseded_and_more_when_they_are_the
     assert [one.key for one in table.by_worth()] == [delta.key]
 
 
-def test_an_entry_takes_little_memory():
+def test_an_entry_takes_little_memory(table):
     """Of Python's: objects and sorted lists took 4 KiB each. SQLite's pages are counted too."""
-    table = EntryTable()
     count = 2000
     tracemalloc.start()
     for number in range(count):

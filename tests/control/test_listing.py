@@ -5,7 +5,7 @@ import pytest
 from gup.content.catalog import Label
 from gup.content.key import ContentKey, Kind
 from gup.control.api.entries import Listing, matching, page_of, shown
-from gup.control.entry_table import EntryTable, make_row
+from gup.control.entry_table import make_row
 
 
 def row(name="full.zip", kind=Kind.FULL, revision="260101001", length=10, **more):
@@ -17,17 +17,15 @@ def rows_of(count):
     return [row(f"f{n:03}", length=n % 7 + 1, stored_at=float(n % 5)) for n in range(count)]
 
 
-def table_of(rows):
-    table = EntryTable()
+def put(table, rows):
     for one in rows:
         table.put(one)
-    return table
 
 
 @pytest.mark.parametrize("filters", [{}, {"kind": "full"}])
-async def test_pages_together_are_the_whole_list_once(filters):
+async def test_pages_together_are_the_whole_list_once(table, filters):
     rows = rows_of(53)
-    table = table_of(rows)
+    put(table, rows)
     for order in ("key", "-key", "name", "-name", "length", "-length", "stored", "-stored"):
         seen, cursor = [], None
         while cursor is not None or not seen:
@@ -47,7 +45,7 @@ def labels(*_):
 
 
 @pytest.mark.parametrize("filters", [{}, {"kind": "full"}])
-async def test_by_name_entries_are_in_the_order_of_what_is_shown(filters):
+async def test_by_name_entries_are_in_the_order_of_what_is_shown(table, filters):
     """Product, version, language, revision; streams that nothing lists come last."""
     products = {"{1}": "Virus", "{2}": "intrusion", "{3}": "{3}"}
     keys = [
@@ -64,11 +62,12 @@ async def test_by_name_entries_are_in_the_order_of_what_is_shown(filters):
     def label(stream, _file):
         return Label(products[stream[2]], "", "", "")
 
+    put(table, rows)
     for order, expected in (("name", wanted), ("-name", wanted[::-1])):
         seen, cursor = [], None
         while cursor is not None or not seen:
             query = Listing.model_validate({"order": order, "limit": "5", "cursor": cursor} | filters)
-            found = await page_of(table_of(rows), query, label, 0.0)
+            found = await page_of(table, query, label, 0.0)
             seen += [one.key for one in found.entries]
             cursor = found.model_dump()["cursor"]
         assert seen == [key.text for key in expected]

@@ -22,6 +22,7 @@ from gup.control.prefetch import (
     Revisions,
 )
 from gup.errors import Problem
+from gup.metrics import MAX_STREAMS
 
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 STREAM = ("any", "any", MONIKER)
@@ -315,6 +316,14 @@ class Site:
 @pytest.fixture
 def site() -> Site:
     return Site()
+
+
+async def test_more_new_streams_at_once_than_are_kept(site):
+    for number in range(MAX_STREAMS + 5):
+        key = ContentKey("any", "any", f"{{535CB6A4-441F-4E8A-A897-{number:012d}}}", A, "full.zip")
+        site.prefetcher.asked(key, path(key))
+    site.prefetcher.look_at_news()
+    assert len(site.prefetcher.revisions.streams) == MAX_STREAMS
 
 
 async def test_nothing_is_fetched_while_clients_fills_need_the_link(site):

@@ -12,6 +12,8 @@ from collections import Counter
 import aiohttp
 import pytest
 import xxhash
+from harness.processes import quiet_clock
+from harness.virtual_time import in_virtual_time
 
 from gup.content.key import Kind
 from gup.demo import content
@@ -46,9 +48,9 @@ def test_each_piece_waits_for_the_ones_before_it_and_idle_time_is_not_saved_up()
     assert Link(0, clock).reserve(10**9) == 0.0
 
 
-@pytest.mark.alone
+@in_virtual_time
 async def test_all_connections_together_get_the_rate_and_each_its_share():
-    rate, link = 4_000_000, Link(4_000_000)
+    rate, link = 4_000_000, Link(4_000_000, time.monotonic)
     begin = time.monotonic()
     passed = [0] * 5
 
@@ -59,8 +61,8 @@ async def test_all_connections_together_get_the_rate_and_each_its_share():
 
     await asyncio.gather(*map(connection, range(5)))
     elapsed = time.monotonic() - begin
-    # Never faster (but for the slack); slower only when the machine is busy with other things.
-    assert rate * elapsed * 0.5 <= sum(passed) <= rate * (elapsed + 0.02) + 5 * PIECE_BYTES
+    # Never faster, but for the slack.
+    assert rate * elapsed * 0.95 <= sum(passed) <= rate * (elapsed + 0.02) + 5 * PIECE_BYTES
     assert max(passed) - min(passed) <= 2 * PIECE_BYTES
 
 
@@ -162,10 +164,10 @@ async def test_the_index_does_not_wait_for_the_fulls_of_a_full_link(session, tmp
         fulls = [tasks.create_task(got(session, url + full.path)) for _ in range(24)]
         while manager.counts.sending < len(fulls) or not manager.counts.sent_bytes:  # noqa: ASYNC110 - figures
             await asyncio.sleep(0.01)
-        begin = time.monotonic()
+        begin = quiet_clock()
         _, index = await got(session, url + CONTENT_INFO_PATH)
         assert index
-        assert time.monotonic() - begin < 2, "24 pieces take 3.9 s"
+        assert quiet_clock() - begin < 2, "24 pieces take 3.9 s"
         for task in fulls:
             task.cancel()
 

@@ -130,7 +130,7 @@ def test_a_gup_started_for_a_socket_of_systemd_serves_on_it(tmp_path):
             assert kept.get("/nothing").status == 404
             before = set(marked(mark)) - {process.pid}
             process.send_signal(signal.SIGUSR2)
-            until(lambda: log.read_text().count("gup: serving") == 2, "the upgraded gup serves", 30)
+            until(lambda: log.read_text().count("gup: serving") == 2, "the upgraded gup serves", 60)
             until(lambda: before.isdisjoint(marked(mark)), "the earlier processes have ended")
             assert kept.get("/nothing").status == 404, "the same connection, another worker"
         assert fetch(("127.0.0.1", data), "/nothing").status == 404

@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 Check = Callable[[bytes], None]
-NAMES = ("answers", "archives", "catalogues", "heads", "records", "routes", "settings", "stores")
+NAMES = ("answers", "archives", "catalogues", "heads", "proxies", "records", "routes", "settings", "stores")
 CORPUS = Path(__file__).with_name("corpus")
+BUILD = Path(__file__).parents[2] / "build" / "fuzz"
 
 
 def target(name: str) -> AbstractContextManager[Check]:

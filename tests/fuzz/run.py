@@ -16,7 +16,6 @@ from pathlib import Path
 
 import fuzz
 
-BUILD = Path(__file__).parents[2] / "build" / "fuzz"
 _MOST_INPUT_BYTES = 32_768
 _MOST_MEMORY_MB = 1024
 _HANG_SECONDS = 60
@@ -39,7 +38,7 @@ def _in_child(name: str, options: Sequence[str]) -> tuple[int, str]:
     """Exit status and output of a process that fuzzes. What it leaves in its temporary folder is removed."""
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(prefix="gup-fuzz-", dir=memory) as folder:
-        log = BUILD / name / "log"
+        log = fuzz.BUILD / name / "log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             ended = subprocess.run(
@@ -54,7 +53,7 @@ def _in_child(name: str, options: Sequence[str]) -> tuple[int, str]:
 
 def run(name: str, seconds: int, seed: int) -> bool:
     """Fuzz one target; whether its property held."""
-    found = BUILD / name / "corpus"
+    found = fuzz.BUILD / name / "corpus"
     found.mkdir(parents=True, exist_ok=True)
     options = [
         f"-max_total_time={seconds}",
@@ -62,7 +61,7 @@ def run(name: str, seconds: int, seed: int) -> bool:
         f"-max_len={_MOST_INPUT_BYTES}",
         f"-rss_limit_mb={_MOST_MEMORY_MB}",
         f"-timeout={_HANG_SECONDS}",
-        f"-artifact_prefix={BUILD / name}/",
+        f"-artifact_prefix={fuzz.BUILD / name}/",
         "-print_final_stats=1",
         str(found),
         str(fuzz.CORPUS / name),
@@ -88,7 +87,9 @@ def _say(text: str) -> None:
 
 
 def _kept(name: str) -> list[Path]:
-    return [file for kind in ("crash", "timeout", "oom", "leak") for file in (BUILD / name).glob(f"{kind}-*")]
+    return [
+        file for kind in ("crash", "timeout", "oom", "leak") for file in (fuzz.BUILD / name).glob(f"{kind}-*")
+    ]
 
 
 def replay(file: Path) -> None:
@@ -103,7 +104,7 @@ def replay(file: Path) -> None:
 
 def merge(name: str) -> None:
     """Add to the committed corpus what was found and reaches more than it does."""
-    status, said = _in_child(name, ["-merge=1", str(fuzz.CORPUS / name), str(BUILD / name / "corpus")])
+    status, said = _in_child(name, ["-merge=1", str(fuzz.CORPUS / name), str(fuzz.BUILD / name / "corpus")])
     if status:
         raise SystemExit(said)
 

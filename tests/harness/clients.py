@@ -5,10 +5,12 @@ None retries or follows. `python -m harness.clients HOST PORT PATH SECONDS` prob
 
 import contextlib
 import enum
+import ipaddress
 import json
 import select
 import selectors
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -85,6 +87,17 @@ def parsed_head(text: bytes) -> Response:
     version, status, reason = (*status_line.split(" ", 2), "")[:3]
     fields = [(name.strip().lower(), value.strip()) for name, _, value in (x.partition(":") for x in lines)]
     return Response(version, int(status), reason, fields)
+
+
+def proxy_header(client: str = "", port: int = 50_000, more: bytes = b"") -> bytes:
+    """A PROXY header of version 2, of a client of a proxy; without one of the proxy itself (LOCAL)."""
+    start = b"\r\n\r\n\0\r\nQUIT\n"
+    if not client:
+        return start + struct.pack("!BBH", 0x20, 0, len(more)) + more
+    address = ipaddress.ip_address(client)
+    ends = address.packed + bytes(len(address.packed)) + struct.pack("!HH", port, 2967)
+    family = 0x11 if address.version == 4 else 0x21
+    return start + struct.pack("!BBH", 0x21, family, len(ends + more)) + ends + more
 
 
 class RawConnection:

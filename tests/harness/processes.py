@@ -3,9 +3,11 @@
 import contextlib
 import itertools
 import os
+import re
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +33,18 @@ def until(found: Callable[[], Found], what: str, timeout_seconds: float = 30.0) 
         time.sleep(0.005)
 
 
+def quiet_clock() -> float:
+    """Monotonic seconds, without those in which a process of the machine waited for a processor.
+
+    What is bounded by it may be late on a busy machine, for it was not given the time.
+    """
+    stalled = 0
+    with contextlib.suppress(OSError):  # a kernel without pressure stall information
+        stalled = int(_PRESSURE.read_text().partition("total=")[2].split()[0])
+    return time.monotonic() - stalled / 1e6
+
+
+_PRESSURE = Path("/proc/pressure/cpu")
 _PORTS = range(10_000, 32_000)
 """Below those that the kernel gives to connections, which would take a free one before it is used."""
 _next_port = itertools.cycle((*_PORTS[131 * os.getpid() % len(_PORTS) :], *_PORTS))
@@ -79,6 +93,16 @@ def end(process: subprocess.Popen[bytes], mark: str, timeout_seconds: float = 10
     until(lambda: not marked(mark), "all processes of the test ended")
 
 
+def children_of(pid: int) -> list[int]:
+    """Read from one small file a thread: psutil would read the whole of /proc."""
+    found: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += map(int, (thread / "children").read_text().split())
+    return sorted(found)
+
+
 def command_line(pid: int) -> list[str]:
     """The process's arguments; empty when it is gone or a zombie."""
     try:
@@ -95,13 +119,42 @@ def listens(address: tuple[str, int]) -> bool:
 
 def owners_of_connection(local_port: int, remote_port: int, among: list[int]) -> list[int]:
     """Which of the processes hold the loopback TCP connection from `local_port` to `remote_port`."""
-    inodes = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        words = line.split()
-        local, remote = (int(words[i].rpartition(":")[2], 16) for i in (1, 2))
-        if (local, remote) == (local_port, remote_port):
-            inodes.add(f"socket:[{words[9]}]")
-    return [pid for pid in among if inodes & set(open_files(pid))]
+    inodes = _asked_inodes(local_port, remote_port)
+    if inodes is None:
+        inodes = _listed_inodes(local_port, remote_port)
+    links = {f"socket:[{inode}]" for inode in inodes}
+    return [pid for pid in among if links & set(open_files(pid))]
+
+
+def _asked_inodes(local_port: int, remote_port: int) -> set[int] | None:
+    """From 127.0.0.1 to 127.0.0.1, by sock_diag(7): the list would go through all that the kernel has.
+
+    None when there is no such connection; none of a process while it waits to be accepted.
+    """
+    address = socket.inet_aton("127.0.0.1") + bytes(12)
+    wanted = _DIAG_REQUEST.pack(socket.AF_INET, socket.IPPROTO_TCP, 0xFFFFFFFF) + _PORTS_OF.pack(
+        local_port, remote_port
+    )
+    wanted += 2 * address + bytes(4) + b"\xff" * 8
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as asking:
+        asking.send(_MESSAGE.pack(_MESSAGE.size + len(wanted), _BY_FAMILY, _REQUEST, 0, 0) + wanted)
+        answer = asking.recv(4096)
+    if _MESSAGE.unpack_from(answer)[1] != _BY_FAMILY:
+        return None
+    (inode,) = _INODE.unpack_from(answer)
+    return {inode} - {0}
+
+
+_MESSAGE = struct.Struct("=IHHII")
+_DIAG_REQUEST = struct.Struct("=BBxxI")
+_PORTS_OF = struct.Struct("!HH")
+_INODE = struct.Struct("=84xI")
+_NETLINK_SOCK_DIAG, _BY_FAMILY, _REQUEST = 4, 20, 1
+
+
+def _listed_inodes(local_port: int, remote_port: int) -> set[int]:
+    ends = re.compile(rf"^ *\d+: \w+:{local_port:04X} \w+:{remote_port:04X} .*$", re.MULTILINE)
+    return {int(line.split()[9]) for line in ends.findall(Path("/proc/net/tcp").read_text())}
 
 
 def open_files(pid: int) -> list[str]:

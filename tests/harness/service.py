@@ -14,12 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from harness.clients import RawConnection, Response, Swarm, address_of, fetch
 from harness.content import name_of
-from harness.processes import MEASURED, command_line, end, environment, marked, owners_of_connection, until
+from harness.processes import (
+    MEASURED,
+    children_of,
+    command_line,
+    end,
+    environment,
+    marked,
+    owners_of_connection,
+    until,
+)
 from harness.upstreams import ScriptedUpstream
 from harness.warm import TEMPLATE, can_start
 
@@ -235,7 +243,7 @@ class Gup:
         return owner
 
     def children(self) -> list[int]:
-        return sorted(child.pid for child in psutil.Process(self.process.pid).children())
+        return children_of(self.process.pid)
 
     def leader_of(self, upstream: ScriptedUpstream, path: str) -> int:
         """Which process made the first request for this path."""

@@ -33,7 +33,10 @@ class Steady:
         large: str = "",
         rate: int = 0,
         seed: int = 1,
+        first: bytes = b"",
     ) -> None:
+        """`first` is what each connection begins with."""
+        self._first = first
         self._address, self._large, self._rate = address, large, rate
         self._sums = {path: (len(body), xxhash.xxh3_64_intdigest(body)) for path, body in bodies.items()}
         self._small = [path for path in bodies if path != large]
@@ -80,6 +83,7 @@ class Steady:
             try:
                 if connection is None:
                     connection = await asyncio.open_connection(*self._address)
+                    connection[1].write(self._first)
                 kept = await self._ask(kind, *connection)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is a failure
                 self.failures.append(f"{kind}: {error!r}")
@@ -95,6 +99,7 @@ class Steady:
         while not self._stopping:
             try:
                 reader, writer = await asyncio.open_connection(*self._address)
+                writer.write(self._first)
                 try:
                     await self._ask(kind, reader, writer)
                 finally:

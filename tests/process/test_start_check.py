@@ -31,6 +31,22 @@ def test_a_directory_of_gups_own_on_a_disk_with_room_is_no_cause_for_words(told)
     )
 
 
+@pytest.mark.parametrize(
+    ("proxies", "allowed", "named"),
+    [
+        (["10.0.0.9/32", "fd00::9/128"], ["10.0.0.0/24", "fd00::/8"], []),
+        (["10.0.0.9/32", "192.0.2.0/24"], ["10.0.0.0/24", "::/0"], ["192.0.2.0/24"]),
+        (["10.0.0.0/8", "2001:db8::/64"], ["10.0.0.0/24"], ["10.0.0.0/8", "2001:db8::/64"]),
+    ],
+)
+def test_proxies_whose_own_connections_are_refused(tmp_path, proxies, allowed, named):
+    given = {"listen": {"proxy_protocol": proxies}, "clients": {"allow": allowed}}
+    cache = {"directory": str(tmp_path), "min_free": 0}
+    told = doubts(Settings.model_validate({"cache": cache, **given}), NOW)
+    assert [words.split()[1] for words in told] == named
+    assert all("is not in clients.allow" in words for words in told)
+
+
 def test_room_that_must_stay_free_and_is_not_there(told, tmp_path):
     figures = os.statvfs(tmp_path)
     size, free = figures.f_blocks * figures.f_frsize, figures.f_bavail * figures.f_frsize

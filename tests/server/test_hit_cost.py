@@ -14,6 +14,7 @@ import tracemalloc
 from collections import Counter
 
 import pytest
+from harness.clients import proxy_header
 from harness.content import zip_of
 from harness.upstreams import Answer, ScriptedUpstream
 
@@ -185,6 +186,18 @@ async def test_the_only_hit_of_a_connection(plane):
         assert client.recv(1 << 20).endswith(b"\r\n\r\n" + plane.body)
         assert client.recv(1) == b""
     assert plane.calls == {"setblocking": 1, "fileno": 1, "recv": 1, "send": 1, "close": 1, "pread": 1}
+
+
+@pytest.mark.parametrize("plane", [4096], indirect=True)
+async def test_the_hit_of_a_connection_of_a_proxy(plane):
+    """The PROXY header costs two calls where it begins; after it all is as for any other connection."""
+    client, server = socket.socketpair()
+    with client:
+        client.send(proxy_header("10.1.2.3") + ask(fields=b"Connection: close\r\n"))
+        plane.listener._await_header(CountingSocket(server, plane.calls), "127.0.0.1", 2)
+        assert client.recv(1 << 20).endswith(b"\r\n\r\n" + plane.body)
+        assert client.recv(1) == b""
+    assert plane.calls == {"setblocking": 2, "fileno": 1, "recv": 3, "send": 1, "close": 1, "pread": 1}
 
 
 @pytest.mark.parametrize("plane", [32768], indirect=True)

@@ -7,7 +7,7 @@ from harness.clients import Ended, Response, assert_problem, fetch
 from harness.commands import on
 from harness.content import BIG, DELTA, content_path, name_of, noise, zip_of
 from harness.internals import Routes, Variant
-from harness.processes import until
+from harness.processes import quiet_clock, until
 from harness.service import Gup
 from harness.upstreams import Answer, Gate, Over, RawUpstream, Request, ScriptedUpstream, ok
 
@@ -22,7 +22,7 @@ QUICK = {
     "health_interval": "0s",
 }
 RAW = {"connect_timeout": "5s", "read_timeout": "500ms", "health_interval": "0s"}
-SHARED = {"each": QUICK, "cache": {"negative_ttl": "3s", "error_ttl": "50s"}}
+SHARED = {"each": QUICK, "cache": {"negative_ttl": "5s", "error_ttl": "50s"}}
 SHORT = zip_of("short", LENGTH)
 SILENT = Gate()
 
@@ -35,7 +35,7 @@ def path_of(number: int, file: str = "full.zip") -> str:
 def at_once(gup: Gup, paths: list[str]) -> tuple[list[Response | None], float]:
     """What clients get that all ask at the same moment, None where there was no head; and the seconds."""
     connections, found = [gup.connect() for _ in paths], []
-    began = time.monotonic()
+    began = quiet_clock()
     for connection, path in zip(connections, paths, strict=True):
         connection.ask(path)
     for connection in connections:
@@ -44,7 +44,7 @@ def at_once(gup: Gup, paths: list[str]) -> tuple[list[Response | None], float]:
         except Ended:
             found.append(None)
         connection.close()
-    return found, time.monotonic() - began
+    return found, quiet_clock() - began
 
 
 @pytest.mark.parametrize(("status", "slug"), [(404, "upstream-not-found"), (410, "upstream-gone")])
@@ -56,7 +56,7 @@ def test_a_404_or_410_is_passed_on_and_kept_for_all_workers(shared, status, slug
     for response in at_once(gup, [path] * 50)[0]:
         assert_problem(response, status, slug)
     assert gup.get(path).status == status
-    assert time.monotonic() - began < 3.0, "the machine was too slow for this test"
+    assert time.monotonic() - began < 5.0, "the machine was too slow for this test"
     assert len(upstream.requests(path)) == 1
     assert not list((gup.cache_dir / "partial").glob(f"{Routes().route(path).key(Variant()).id}.*"))
     upstream.answer(path, Answer(b"now it is here", etag='"n"'))
@@ -284,7 +284,7 @@ def test_a_trickle_gives_its_slot_to_others(serve):
     each, limits = RAW | {"min_rate": "1kB/s"}, {"max": 1, "queue_timeout": "20s"}
     gup, _ = serve(before=RawUpstream(answer), workers=1, each=each, fill=limits)
     client, _ = gup.begin(path_of(1))
-    began = time.monotonic()
+    began = quiet_clock()
     gup.serves(path_of(2, "full.dax"), b"another full")
-    assert time.monotonic() - began < 15
+    assert quiet_clock() - began < 15
     assert len(client.read(10)) == 10, "whoever reads the trickle still does"

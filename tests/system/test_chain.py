@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from harness.clients import End, assert_problem, body_digest, fetch
 from harness.content import BIG, CONTENT_INFO, DELTA, INDEX, noise, zip_of
-from harness.processes import free_port, until
+from harness.processes import free_port, quiet_clock, until
 from harness.upstreams import Answer, Elsewhere, Gate
 
 LENGTH = 6_000_000
@@ -68,11 +68,11 @@ def test_three_in_a_row_fetch_once_and_each_tier_counts_its_own(serve):
     middle.kill()
     assert_problem(bottom.get("/content/x.txt"), 502)
     until(lambda: not bottom.upstream()["up"], "the middle is known to be down")
-    began = time.monotonic()
+    began = quiet_clock()
     for number in range(20):
         assert_problem(bottom.get(f"/content/{number}.txt"), 502)
     bottom.serves(DELTA, D)
-    assert time.monotonic() - began < 10
+    assert quiet_clock() - began < 10
 
 
 def test_the_middle_dies_in_a_fill_and_comes_back(serve):
@@ -97,17 +97,19 @@ def test_the_middle_dies_in_a_fill_and_comes_back(serve):
     until(lambda: bottom.upstream()["state"] == "up", "it is up again", 40)
 
 
-@pytest.mark.parametrize(("told", "least"), [(50, 50), (5000, 54)], ids=["fresh", "stale above"])
+@pytest.mark.parametrize(("told", "least"), [(500, 500), (5000, 540)], ids=["fresh", "stale above"])
 def test_ages_of_index_files_add_up(serve, told, least):
     """What comes with more than `index_ttl` is fresh for a tenth of that, or each request would ask again."""
     fields = (("Age", str(told)), ("Via", "1.1 above (gup)"))
     answer = Answer(CONTENT_INFO, etag='"i"', fields=fields)
-    gup, above = serve({INDEX: answer}, workers=1, each=QUICK | {"kind": "gup"})
+    gup, above = serve(
+        {INDEX: answer}, workers=1, each=QUICK | {"kind": "gup"}, cache={"index_ttl": "10m"}
+    )  # a tenth is a minute: a busy machine asks again within it
     gup.serves(INDEX, CONTENT_INFO)
     gup.wait_stored(INDEX)
     response = gup.serves(INDEX, CONTENT_INFO)
     assert response.header("cache-status") == "gup; hit"
-    assert least <= int(response.header("age") or 0) < 60
+    assert least <= int(response.header("age") or 0) < 600
     assert len(above.requests(INDEX)) == 1
 
 
@@ -146,20 +148,20 @@ def circle(serve, kind: str = "gup", **settings):
 
 
 def all_ask(gups, path: str) -> tuple[set[int], float]:
-    connections, began = [gup.connect() for gup in gups for _ in range(5)], time.monotonic()
+    connections, began = [gup.connect() for gup in gups for _ in range(5)], quiet_clock()
     for connection in connections:
         connection.ask(path)
-    return {connection.response().status for connection in connections}, time.monotonic() - began
+    return {connection.response().status for connection in connections}, quiet_clock() - began
 
 
 def test_a_circle_of_two_ends_at_once_at_both(serve):
     """Clients ask both at once too: each gup's request would join the fill that waits for its own answer."""
     gups = circle(serve)
     for number, gup in enumerate(gups):
-        began = time.monotonic()
+        began = quiet_clock()
         assert_problem(gup.get(f"/content/circle{number}.txt"), 508, "loop")
         assert gup.get(f"/content/head{number}.txt", method="HEAD").status == 508
-        assert time.monotonic() - began < 3
+        assert quiet_clock() - began < 3
         assert gup.metric("gup_upstream_requests_total") <= 20
         assert gup.upstream()["up"] is True
     for number in range(5):
@@ -172,9 +174,9 @@ def test_a_circle_of_two_ends_at_once_at_both(serve):
 def test_two_that_never_answered_each_other_tell_a_circle_in_time(serve, kind):
     """At their first start neither knows the other's name, and either's fill waits for the other's answer."""
     gups = circle(serve, kind, catalog={})
-    began = time.monotonic()
+    began = quiet_clock()
     assert {gup.get("/", method="HEAD").status for gup in gups} == {404}
-    assert time.monotonic() - began < 0.5
+    assert quiet_clock() - began < 0.5
     for gup in gups:  # the first one's catalogue was asked for before the other was there
         until(lambda g=gup: g.upstream()["up"], "the other is seen")
     for path in (DELTA, BIG, "/content/circle.txt"):
@@ -190,11 +192,11 @@ def test_what_no_rule_is_about_waits_for_no_catalogue(serve):
     until(lambda: upstream.requests(INDEX), "the catalogue is asked for")
     upstream.answer("/content/beside.txt", Answer(b"beside", etag='"b"'))
     upstream.answer(DELTA, Answer(b"delta"))
-    began = time.monotonic()
+    began = quiet_clock()
     assert gup.get("/", method="HEAD").status == 404
     assert_problem(gup.get("/content/../etc"), 400, "bad-path")
     gup.serves("/content/beside.txt", b"beside")
-    assert time.monotonic() - began < 0.5
+    assert quiet_clock() - began < 0.5
     with gup.connect() as client:
         client.ask(DELTA)
         time.sleep(0.2)
@@ -225,6 +227,6 @@ def test_neighbours_that_help_each_other_ask_no_circle(serve):
     one.wait_stored(DELTA)
     manager.stop()
     two.serves(DELTA, D)  # the neighbour has it
-    began = time.monotonic()
+    began = quiet_clock()
     assert two.get(MISSING).status in (502, 508)
-    assert time.monotonic() - began < 5
+    assert quiet_clock() - began < 5

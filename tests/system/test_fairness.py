@@ -10,7 +10,7 @@ from itertools import count
 import pytest
 from harness.clients import RawConnection
 from harness.content import DELTA, MONIKER, content_path, noise, zip_of
-from harness.processes import until
+from harness.processes import quiet_clock, until
 
 FULL = content_path("full.zip")
 BODY = zip_of("fair", 2_000_000)
@@ -92,9 +92,9 @@ def test_a_full_begins_soon_beside_a_flood_of_made_up_names(slow, figures, conne
         until(lambda: len(upstream.seen) >= 24, "the attack is under way")
         took = []
         for path in (FULL, DELTA):
-            began = time.monotonic()
+            began = quiet_clock()
             reader, response = gup.begin(path, 1)
-            took.append(time.monotonic() - began)
+            took.append(quiet_clock() - began)
             assert response.status == 200
             reader.close()
     figures(f"{connections} connections, {kind}: full {took[0]:.2f} s, delta {took[1]:.2f} s")
@@ -117,14 +117,15 @@ def test_an_address_with_many_connections_has_one_rate(serve):
     gup.serves(FULL, BODY)
     gup.wait_stored(FULL)
     clients = [RawConnection(gup.data, source="127.0.0.3") for _ in range(8)]
-    began = time.monotonic()
+    began, quiet = time.monotonic(), quiet_clock()
     for client in clients:
         client.ask(FULL, {"Range": "bytes=0-249999"})
     assert {len(client.response().body) for client in clients} == {250_000}
-    took = time.monotonic() - began
+    took, not_stalled = time.monotonic() - began, quiet_clock() - quiet
     for client in clients:
         client.close()
-    assert 1.6 <= took <= 4.0
+    assert took >= 1.6
+    assert not_stalled <= 4.0
 
 
 def test_a_client_that_reads_nothing_keeps_nobody_waiting(serve):
@@ -136,9 +137,9 @@ def test_a_client_that_reads_nothing_keeps_nobody_waiting(serve):
     for client in idle:
         client.ask(FULL)
     gup.wait_metric(2, "gup_client_downloads_in_progress")
-    began = time.monotonic()
+    began = quiet_clock()
     gup.serves(FULL, body)
-    assert time.monotonic() - began < 12.0
+    assert quiet_clock() - began < 12.0
 
 
 def test_streams_of_made_up_names_take_no_numbers(serve):

@@ -59,7 +59,7 @@ class Crowd:
 @pytest.mark.parametrize(
     ("clients", "files", "size", "rate", "patience", "seconds"),
     [
-        pytest.param(400, 40, 60_000, 600_000, 1.0, 60, id="short"),
+        pytest.param(400, 20, 60_000, 600_000, 1.0, 60, id="short"),
         pytest.param(5000, 300, 400_000, 1_000_000, 30.0, 600, id="whole", marks=pytest.mark.long),
     ],
 )

@@ -2,11 +2,11 @@
 
 import email.parser
 import email.policy
-import time
 
 import pytest
 from harness.clients import Response, assert_problem
 from harness.content import BIG, DELTA, INDEX, MODIFIED_AT, noise, zip_of
+from harness.processes import quiet_clock
 from harness.upstreams import Answer, Gate
 
 LENGTH = 3_000_000
@@ -74,11 +74,11 @@ def test_several_ranges_are_parts_and_thousands_cost_no_more_than_the_body(warm)
     parts = [(f"bytes {start}-{stop - 1}/{LENGTH}", BODY[start:stop]) for start, stop in spans]
     assert parts_of(response) == parts
     for pieces in ([f"{n * 2}-{n * 2}" for n in range(1500)], ["0-"] * 3000, ["-1000000"] * 1500):
-        began = time.monotonic()
+        began = quiet_clock()
         response = warm.get(BIG, {"Range": "bytes=" + ",".join(pieces)})
         assert (response.complete, response.status in (200, 206, 416)) == (True, True)
         assert len(response.body) <= LENGTH + 16_384
-        assert time.monotonic() - began < 2
+        assert quiet_clock() - began < 2
         assert response.status != 200 or response.body == BODY
 
 

@@ -25,15 +25,27 @@ OVERLAP_BYTES = 2 << 20
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_with_the_upstream_gone_everything_cached_is_served(serve, end):
     bodies = {BIG: BODY, DELTA: noise("d", 200_000), INDEX: noise("i", 4000)}
-    gup, upstream = serve(bodies, bind=f"127.0.0.1:{free_port()}")
+    gup, upstream = serve(bodies, bind=f"127.0.0.1:{free_port()}", start=False)
+
+    def until_first_hit() -> float:
+        began = time.monotonic()
+        gup.launch()
+        until(lambda: listens(gup.data), "the port is open")  # the ready line may come later
+        gup.serves(DELTA, bodies[DELTA])
+        took = time.monotonic() - began
+        gup.wait_ready()
+        return took
+
+    gup.data = ("127.0.0.1", int(gup.command[gup.command.index("--listen") + 1].rpartition(":")[2]))
+    empty = until_first_hit()
     tags = {path: gup.serves(path, body).etag for path, body in bodies.items()}
     gup.wait_stored(*bodies)
     upstream.stop()
-    assert not getattr(gup, end)()
-    gup.launch()
-    until(lambda: listens(gup.data), "the port is open")  # the ready line may come later
-    gup.serves(DELTA, bodies[DELTA])
-    gup.wait_ready()
+    first_hits: list[float] = []
+    while not first_hits or (min(first_hits) > empty and len(first_hits) < 4):  # the best of a few counts
+        assert not getattr(gup, end)()
+        first_hits.append(until_first_hit())
+    assert min(first_hits) <= 2 * empty + 1.0, "it waits for what is stored, or what a kill has left"
     for path, body in bodies.items():
         assert gup.serves(path, body).etag == tags[path]
         assert gup.get(path, {"If-None-Match": tags[path]}).status == 304

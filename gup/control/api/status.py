@@ -115,7 +115,7 @@ async def cluster(state: ControlState) -> schemas.Cluster:
             wan_rate_bytes_per_second=rate,
             members=[],
         )
-    asked = {member.name: member for member in control.members().others}
+    asked = {member.name: member for member in control.published.others}
     members = []
     for name, row in sorted(control.rows().items()):
         own = name == control.node

@@ -1,0 +1,134 @@
+"""Three real services, of which one joins, is killed, or loses its disk while clients download."""
+
+import random
+import shutil
+
+import pytest
+from cluster.services import running
+from cluster.test_one_fetch import UNLIMITED, bodies, herd
+from harness.clients import End, Swarm, body_digest, fetch
+from harness.content import content_path
+from harness.processes import until
+from harness.upstreams import Answer, Gate
+
+from gup.cluster.order import ranked
+from gup.content.key import Variant
+from gup.content.routes import Routes
+
+FORMS = pytest.mark.parametrize(
+    ("files", "size"),
+    [(20, 1_000_000), pytest.param(20, 8_000_000, marks=pytest.mark.long)],
+    ids=["small", "large"],
+)
+
+
+@pytest.fixture
+def site(tmp_path):
+    with running(tmp_path) as site:
+        for name in ("a", "b", "c"):
+            site.start(name, settings=UNLIMITED)
+        until(site.all_ask_all, "all ask all", 30)
+        yield site
+
+
+def order(path, names=("a", "b", "c")):
+    """The nodes as the key of `path` ranks them."""
+    return ranked(Routes().route(path).key(Variant()).text, names)
+
+
+def owned_by(name, count, size, *, names=("a", "b", "c")):
+    """So many bodies by path that this node fetches."""
+    found, number = {}, 0
+    while len(found) < count:
+        path = content_path("full.dax", f"{{535CB6A4-441F-4E8A-A897-804C{number:08d}}}")
+        number += 1
+        if order(path, names)[0] == name:
+            found[path] = random.Random(path).randbytes(size)
+    return found
+
+
+def test_a_fourth_node_joins_and_nothing_is_fetched_again(site):
+    made = bodies(24, 50_000, 500_000)
+    for path, body in made.items():
+        site.upstream.answer(path, Answer(body, etag='"a"'))
+    herd(site, made, 0)
+    site.start("d", settings=UNLIMITED)
+    herd(site, made, 0)  # at once: the others may not know it yet
+    until(site.all_ask_all, "all ask all", 30)
+    moved = [path for path in made if order(path, "abcd")[0] == "d"]
+    assert len(moved) > 0
+    herd(site, made, 0)
+    assert {path: len(site.upstream.requests(path)) for path in made} == dict.fromkeys(made, 1)
+
+
+def test_an_owner_that_has_lost_its_disk_takes_all_from_the_others(site):
+    made = owned_by("a", 12, 300_000)
+    for path, body in made.items():
+        site.upstream.answer(path, Answer(body, etag='"a"'))
+    herd(site, made, 0)
+    lost = site.nodes["a"]
+    lost.kill()
+    shutil.rmtree(lost.cache_dir)
+    lost.start()
+    herd(site, made, 0)
+    until(site.all_ask_all, "all ask all", 30)
+    herd(site, made, 0)
+    assert {path: len(site.upstream.requests(path)) for path in made} == dict.fromkeys(made, 1)
+
+
+def begun(site, made, count):
+    found = [path for path in made if site.upstream.requests(path)]
+    return found if len(found) >= count else None
+
+
+def resumes_elsewhere(site, client, made, tags):
+    """Whether this client, whose node is gone, gets the rest from another one under the same tag."""
+    tag, start = client.fields["etag"], client.body_bytes
+    fields = {"Range": f"bytes={start}-", "If-Range": tag}
+    answer = fetch(site.nodes["b"].data, client.target, fields)
+    right = answer.status == 206 and answer.body == made[client.target][start:]
+    return right and tag == tags[client.target]
+
+
+@FORMS
+def test_a_node_that_is_killed_in_mid_fill_costs_an_overlap_at_most(site, files, size):
+    """Of half of the bodies the next in rank holds nothing: it goes on from what the lowest has."""
+    made, gates = owned_by("a", files, size), {}
+    for path, body in made.items():
+        gates[path] = Gate()
+        first = Answer(body, etag='"a"', gates=((size // 2, gates[path]),))
+        site.upstream.answer(path, first, Answer(body, etag='"a"'))
+    swarms = {name: Swarm(node.data) for name, node in site.nodes.items()}
+    try:
+        own = [swarms["a"].add(1, path)[0] for path in made]
+        theirs = []
+        for number, path in enumerate(made):
+            _, second, third = order(path)
+            for name in (third,) if number % 2 else (second, third):
+                theirs += swarms[name].add(2, path)
+        streaming = until(lambda: begun(site, made, 8), "as many fills as fill.max")
+        reading = [client for client in theirs if client.target in streaming]
+        until(lambda: all(client.body_bytes > size // 4 for client in reading), "they have a part")
+        tags = {client.target: client.fields["etag"] for client in reading}
+        site.nodes["a"].kill()
+        for path in streaming:  # the new owner is asked, too
+            theirs += swarms[order(path)[1]].add(1, path)
+        for gate in gates.values():
+            gate.open()
+        for name in ("b", "c"):
+            swarms[name].wait(timeout_seconds=100)
+        swarms["a"].wait(timeout_seconds=100)
+    finally:
+        for gate in gates.values():
+            gate.open()
+        for swarm in swarms.values():
+            swarm.close()
+    assert {(client.status, client.end) for client in theirs} == {(200, End.COMPLETE)}
+    assert all(client.digest == body_digest(made[client.target]) for client in theirs)
+    resumed = [resumes_elsewhere(site, client, made, tags) for client in own if client.body_bytes]
+    assert all(resumed)
+    assert resumed
+    again = {path: sum(r.body_bytes for r in site.upstream.requests(path)[1:]) for path in streaming}
+    assert sum(again.values()) <= len(again) * (0.5 + 0.1) * size
+    rest = set(made) - set(streaming)
+    assert sum(site.upstream.body_bytes(path) for path in rest) <= 1.1 * len(rest) * size
