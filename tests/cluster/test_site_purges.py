@@ -1,18 +1,16 @@
 """Purges of a site, with real services and a real engine: what is purged anywhere is served nowhere again."""
 
 import time
-from contextlib import ExitStack
 from functools import partial
 from urllib.parse import quote
 
 import pytest
 from cluster.conftest import cluster
-from cluster.nodes import Valkey
-from cluster.test_services import PASSWORD, Site
+from cluster.services import PASSWORD, running
 from harness.caches import path_of, route
 from harness.content import content_path, zip_of
 from harness.processes import until
-from harness.upstreams import Answer, Gate, ScriptedUpstream
+from harness.upstreams import Answer, Gate
 
 from gup.content.key import Variant
 
@@ -23,13 +21,9 @@ KEY = quote(f"any/any{FILE.removeprefix('/content')}")
 
 @pytest.fixture
 def site(tmp_path):
-    valkey = Valkey(tmp_path / "valkey")
-    with valkey.client() as client:
-        client.config_set("requirepass", PASSWORD)
-    with ScriptedUpstream() as upstream, ExitStack() as stack:
-        upstream.answer(FILE, Answer(OLD, etag='"a"'))
-        yield Site(tmp_path, valkey, upstream, stack)
-    valkey.kill()
+    with running(tmp_path) as started:
+        started.upstream.answer(FILE, Answer(OLD, etag='"a"'))
+        yield started
 
 
 def engine(site):
