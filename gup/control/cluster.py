@@ -28,7 +28,7 @@ from gup.upstream.probe import Alive, Answered, Failed, Prober
 
 if TYPE_CHECKING:
     from gup.cluster.engine import Engine
-    from gup.control.orders import OrderBook
+    from gup.control.order_book import OrderBook
 
 _log = logging.getLogger("gup.control.cluster")
 BEAT_SECONDS = 0.2

@@ -29,10 +29,10 @@ from gup.control.dependencies import (
     BusyError,
     ControlDependencies,
     change,
-    to_its_end,
 )
 from gup.control.entry_table import EntryTable, Row
 from gup.control.index import Index
+from gup.control.threads import to_its_end
 from gup.errors import GupError
 from gup.units import format_size
 

@@ -23,7 +23,8 @@ import gup
 from gup.config import Alarms
 from gup.control.alarm_command import run_command
 from gup.control.api.schemas import Alarm, TestMessage
-from gup.control.dependencies import ControlDependencies, to_its_end
+from gup.control.dependencies import ControlDependencies
+from gup.control.threads import to_its_end
 from gup.control.webhook import NotAcceptedError, Webhook
 from gup.errors import quoted
 from gup.files import FileError, read_file, replace_file

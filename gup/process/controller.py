@@ -25,7 +25,7 @@ from gup.control.catalog_refresh import CatalogRefresher
 from gup.control.cluster import ClusterControl, ClusterDependencies
 from gup.control.dependencies import ControlDependencies, Reload
 from gup.control.eviction import AgeClock
-from gup.control.orders import OrderBook
+from gup.control.order_book import OrderBook
 from gup.control.service import Control
 from gup.control.stats.history import RECEIVED
 from gup.process.child import Message, Parent

@@ -12,7 +12,8 @@ from gup.cache.records import FillState, Phase
 from gup.cache.recovery import Recovery
 from gup.content.key import Kind
 from gup.control import eviction
-from gup.control.dependencies import BusyError, change, to_its_end
+from gup.control.dependencies import BusyError, change
+from gup.control.threads import to_its_end
 
 OLD, NEW = b"the old body", b"the new generation"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from gup.cache.purges import FILE as PURGES_FILE
 from gup.cache.purges import Purge, Selection, keep_purges, read_purges
 from gup.cluster.orders import FILE, LONE, Action, Order, OrderLog, read_order, write_order
-from gup.control.dependencies import to_its_end
+from gup.control.threads import to_its_end
 from gup.errors import GupError
 from gup.files import FileError, read_file, replace_file
 
-_log = logging.getLogger("gup.control.orders")
+_log = logging.getLogger("gup.control.order_book")
 _MAX_BYTES = 64 << 20
 
 
