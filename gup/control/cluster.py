@@ -41,7 +41,7 @@ _LEAST_SECONDS = 0.02
 _JUMP_MS = 1000
 _AWAY_SECONDS = 2.0
 _FORGED_SECONDS = 60.0
-_CATCH_UP_SECONDS = 1.8
+_CATCH_UP_SECONDS = 1.6
 """Content waits so long at the start for the orders, and a little more for this to be told."""
 _ORDERS_SECONDS = 10.0
 """Between two looks at whether the engine has all orders."""

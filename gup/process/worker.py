@@ -35,8 +35,9 @@ from gup.server.peer import PeerAdmission, PeerHandler, PeerLog, PeerOrders
 from gup.server.policy import Policy
 
 _WARM_UP_AFTER_SECONDS = 0.3
-_ORDERS_SECONDS, _LOOK_SECONDS = 2.0, 0.01
-"""Nothing is served for so long, until what other members have purged is known."""
+_ORDERS_SECONDS, _LOOK_SECONDS = 10.0, 0.01
+"""Nothing is served until the controller has caught up the orders, or has tried for 1.6 s; for so long where it
+does not start."""
 _COLLECT_AFTER = 10_000
 """New objects that outlive their use; Python's own 700 takes 3 to 5 % of a small miss."""
 
