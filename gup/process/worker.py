@@ -36,8 +36,8 @@ from gup.server.policy import Policy
 
 _WARM_UP_AFTER_SECONDS = 0.3
 _ORDERS_SECONDS, _LOOK_SECONDS = 10.0, 0.01
-"""Nothing is served until the controller has caught up the orders, or has tried for 1.6 s; for so long where it
-does not start."""
+"""The longest wait of content for the controller, which catches up the orders at the start or gives up after
+1.6 s."""
 _COLLECT_AFTER = 10_000
 """New objects that outlive their use; Python's own 700 takes 3 to 5 % of a small miss."""
 
