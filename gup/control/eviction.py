@@ -299,7 +299,7 @@ class Evictor:
         is taken go later. Without, it depended on times: only what is stored is removed, and what is claimed
         is left.
         """
-        freed = 0
+        freed, self.unconfirmed = 0, ()
         if selection is not None:
             freed += await self._note(selection, keys)
         busy = 0
