@@ -552,7 +552,7 @@ class Leader:
                     await self._show(body)
                 if writer.received:
                     await self._yield_to_others()  # what has come is shown meanwhile
-                piece = await download.read()
+                piece = await behind.meanwhile(download.read)
                 more = bool(piece)
                 await self._save_source(download)
                 if more:

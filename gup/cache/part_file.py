@@ -319,14 +319,15 @@ _MOST_HELD_BYTES = 2 << 20
 class WriteBehind:
     """Runs `write` in a task of its own while `writer` has bytes that may be written.
 
-    A disk error is raised at the next call, or at the end of the `async with` block. After the block, however
-    it ended, no write is under way.
+    A disk error is raised at the next call, or at the end of the `async with` block; a call that is waiting
+    is woken. After the block, however it ended, no write is under way.
     """
 
     def __init__(self, writer: PartWriter, write: Callable[[], Awaitable[None]]) -> None:
         self._writer = writer
         self._write = write
         self._writing: asyncio.Task[None] | None = None
+        self._limit: asyncio.Timeout | None = None
 
     async def begin(self, *, wait: bool = False) -> None:
         """Have all that may be written written soon; with `wait`, or when too much is held, return when it
@@ -336,8 +337,28 @@ class WriteBehind:
             await self._finish()
         if self._writing is None:
             self._writing = asyncio.get_running_loop().create_task(self._write_all())
+            self._writing.add_done_callback(self._wake)
         if wait or self._writer.unwritten >= _MOST_HELD_BYTES:
             await self._finish()
+
+    async def meanwhile(self, read: Callable[[], Awaitable[_Result]]) -> _Result:
+        """What `read` returns; cancelled when the disk refuses a write, since the next piece may be long in
+        coming.
+        """
+        if self._writing is not None and self._writing.done():
+            await self._finish()
+        try:
+            async with asyncio.timeout(None) as self._limit:
+                return await read()
+        except TimeoutError:
+            await self._finish()
+            raise
+        finally:
+            self._limit = None
+
+    def _wake(self, writing: asyncio.Task[None]) -> None:
+        if self._limit is not None and not writing.cancelled() and writing.exception() is not None:
+            self._limit.reschedule(0)
 
     async def _finish(self) -> None:
         if self._writing is not None:

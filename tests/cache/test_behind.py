@@ -117,3 +117,54 @@ async def test_nothing_is_under_way_when_the_block_was_left_by_another_error():
     with pytest.raises(LookupError):
         await filling
     assert disk.under_way == 0
+
+
+async def test_a_refused_write_wakes_a_reading_that_waits_for_the_upstream():
+    disk, asked = Disk(), asyncio.Event()
+    disk.error = OSError(errno.EIO, "refused")
+
+    async def read():
+        asked.set()
+        await asyncio.Event().wait()
+
+    async def fill():
+        async with WriteBehind(disk, disk.write) as behind:
+            disk.unwritten = 1
+            await behind.begin()
+            await behind.meanwhile(read)
+
+    filling = asyncio.create_task(fill())
+    await asked.wait()
+    disk.let()
+    with pytest.raises(OSError, match="refused"):
+        await filling
+
+
+async def test_a_refused_write_is_raised_before_the_next_reading():
+    disk = Disk()
+    disk.error = OSError(errno.EIO, "refused")
+    disk.let()
+
+    async def fill():
+        async with WriteBehind(disk, disk.write) as behind:
+            disk.unwritten = 1
+            await behind.begin()
+            await turns()
+            await behind.meanwhile(asyncio.Event().wait)
+
+    with pytest.raises(OSError, match="refused"):
+        await fill()
+
+
+async def test_a_reading_gives_what_it_read_and_its_own_end_of_time():
+    async def late():
+        raise TimeoutError("the upstream's")
+
+    disk = Disk()
+    disk.let()
+    async with WriteBehind(disk, disk.write) as behind:
+        disk.unwritten = 1
+        await behind.begin()
+        assert await behind.meanwhile(lambda: asyncio.sleep(0, "piece")) == "piece"
+        with pytest.raises(TimeoutError, match="upstream's"):
+            await behind.meanwhile(late)
