@@ -140,7 +140,7 @@ class Cache:
 
     async def has_part(self, key: ContentKey) -> bool:
         """Whether its body arrives at this node, from wherever, or will go on soon."""
-        fill = self._fills.get(key)
+        fill = self._current(key)
         here = fill is not None and fill.body is not None and not fill.body.ended
         return here or await self._arrives_elsewhere(key)
 

@@ -137,8 +137,8 @@ class Fill:
     """Some of its upstreams are gups, or may be; known where `passed` names any."""
     from_wan: Callable[[], bool] = nowhere
     """Whether its body arrives from the WAN at this moment, at this node."""
-    order: int | None = None
-    """The number at which its fetch began (gup.cache.purges); None before that."""
+    order: str | None = None
+    """What was known of purges when its fetch began; None before that."""
     pinned: bool = False
     """The entry that it repairs or replaces is pinned."""
     aside: bool = False

@@ -264,7 +264,7 @@ class Leader:
         await self._take_slot()
         self._count_in_progress(1)
         if anew:
-            fill.order = deps.purges.now
+            fill.order = deps.purges.known
         fill.asks_gups = bool(fill.passed) and deps.pool.asks_gups(fill.variant, self._key.text)
         candidates = deps.pool.candidates(fill.variant, self._key.text, fill.passed)
         chosen = (
@@ -946,7 +946,7 @@ class Leader:
             raise Problem("overloaded", "it was purged while it was fetched", retry_after_seconds=1.0)
 
     def _head_of(self, remote: RemoteHead) -> Head:
-        return head_of(self._key, remote, self._fill.order or 0, changed=self._bytes_changed)
+        return head_of(self._key, remote, self._fill.order or "", changed=self._bytes_changed)
 
     # --- bookkeeping
 

@@ -1,17 +1,18 @@
 """Purges: which bodies an operator has had removed, so that none that was fetched before is served again.
 
-Each purge has a number, and each body the highest number that was known when its fetch began. A purge names a
-body when it selects its key and its number is the higher one. Such a body is not stored, and not served to a
+Each body carries what was known of purges when its fetch began (gup.cluster.orders). A purge names it when it
+selects its key and was not known. Such a body is not stored, and not served to a
 new request, wherever it comes from: a fill under way, a part, memory, a record that could not be removed.
 
 The purges of the last 30 days are lines of run/purges. Only the controller writes it; all processes read it
-when the highest number, which they share, has changed.
+again when it has changed.
 """
 
 import fnmatch
 import re
 import threading
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from gup.cache.records import Head
+from gup.cluster.orders import LONE, KnownText, Writer, knows
 from gup.content.catalog import Catalogues, Stream
 from gup.content.key import ContentKey, Kind, content_revision
 from gup.content.languages import Language, parse_language
@@ -27,7 +29,6 @@ from gup.files import FileError, append_line, read_file, replace_file
 from gup.jsonmodel import Count, Flag, InvalidError, Time, parse, read
 
 FILE = "purges"
-KEPT_SECONDS = 30 * 86400.0
 _MAX_LINE_BYTES = 1 << 20
 _MAX_BYTES = 64 << 20
 
@@ -51,6 +52,16 @@ class Selection:
     streams: tuple[Stream, ...] = ()
     pinned: Flag = False
     """Pinned entries too; one key is selected in any case."""
+
+    def given(self) -> dict[str, object]:
+        """The conditions that are given, as JSON values."""
+        every: dict[str, object] = _selection().dump_python(self, mode="json", exclude_defaults=True)
+        return every
+
+    @classmethod
+    def of(cls, given: Mapping[str, object]) -> "Selection":
+        """InvalidError when these are no conditions."""
+        return read(_selection(), dict(given), "selection")
 
     def selects(self, key: ContentKey, kind: Kind, *, pinned: bool = False) -> bool:
         if self.key is not None:
@@ -81,6 +92,11 @@ class Selection:
         )
 
 
+@cache
+def _selection() -> TypeAdapter[Selection]:
+    return TypeAdapter(Selection)
+
+
 def is_same(wanted: str | None, *found: str) -> bool:
     return wanted is None or wanted.casefold() in map(str.casefold, found)
 
@@ -105,83 +121,91 @@ def _pattern(text: str) -> Callable[[str], object]:
 
 @dataclass(frozen=True, slots=True)
 class Purge:
-    """`at` is in Unix seconds."""
+    """`at` is in Unix seconds, `node` who has ordered it."""
 
     number: Count
     at: Time
     selection: Selection
+    node: Writer = LONE
 
-    def names(self, key: ContentKey, kind: Kind, order: int, *, pinned: bool = False) -> bool:
-        """Whether a body of this key is not to be served whose fetch began at the number `order`."""
-        return order < self.number and self.selection.selects(key, kind, pinned=pinned)
+    def names(self, key: ContentKey, kind: Kind, order: str, *, pinned: bool = False) -> bool:
+        """Whether a body of this key is not to be served whose fetch began when `order` was known."""
+        return not knows(order, self.node, self.number) and self.selection.selects(key, kind, pinned=pinned)
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A line that says what is known, where that is more than the purges in the file."""
+
+    known: KnownText
+
+
+_Line = Purge | _Known
 
 
 @cache
-def _model() -> TypeAdapter[Purge]:
-    return TypeAdapter(Purge)
+def _model() -> TypeAdapter[_Line]:
+    return TypeAdapter(_Line)
 
 
 class Purges:
-    """The purges as one process knows them. `shared` is the highest number as the controller has told it."""
+    """The purges as one process knows them. `changes` is shared, and raised with each change of the file."""
 
-    def __init__(self, run: Path, shared: Callable[[], int] = lambda: 0) -> None:
-        self._path, self._shared = run / FILE, shared
+    def __init__(self, run: Path, changes: Callable[[], int] = lambda: 0) -> None:
+        self._path, self._changes = run / FILE, changes
         self._threads = threading.Lock()
-        self._of_key: dict[str, int] = {}
-        """The highest number of a purge of each key alone."""
-        self._others: tuple[Purge, ...] = ()
-        self.number = 0
-        """The highest number: that of a fetch which begins now."""
         self._read()
 
     @property
-    def now(self) -> int:
-        """As `number`, and new purges are read. Cheap enough for each request."""
-        if self._shared() > self.number:
+    def known(self) -> str:
+        """What is known now: to be kept with a body whose fetch begins. Cheap enough for each request."""
+        if self._changes() != self._seen:
             self._read()
-        return self.number
+        return self._text
 
-    def name(self, key: ContentKey, kind: Kind, order: int, *, pinned: bool = False) -> bool:
+    def name(self, key: ContentKey, kind: Kind, order: str, *, pinned: bool = False) -> bool:
         """Whether a purge names this body. From any thread."""
-        if order >= self.now:
+        if order == self.known:
             return False
-        if self._of_key.get(key.text, 0) > order:
-            return True
-        return any(purge.names(key, kind, order, pinned=pinned) for purge in self._others)
+        own = self._of_key.get(key.text, ())
+        return any(purge.names(key, kind, order, pinned=pinned) for purge in (*own, *self._others))
 
     def name_head(self, key: ContentKey, kind: Kind, head: Head, *, pinned: bool = False) -> bool:
         return self.name(key, kind, head.order, pinned=pinned)
 
     def _read(self) -> None:
         with self._threads:
-            told = self._shared()
-            purges = read_purges(self._path)
-            of_key: dict[str, int] = {}
+            changes, (purges, known) = self._changes(), read_purges(self._path)
+            of_key: dict[str, list[Purge]] = defaultdict(list)
             for purge in purges:
                 if (text := purge.selection.key) is not None:
-                    of_key[text] = max(purge.number, of_key.get(text, 0))
-            self._of_key, self._others = of_key, tuple(p for p in purges if p.selection.key is None)
-            # What can't be read must not be looked for again at each request.
-            self.number = max([told, self.number, *(purge.number for purge in purges)])
+                    of_key[text].append(purge)
+            self._of_key, self._others = of_key, [p for p in purges if p.selection.key is None]
+            self._text, self._seen = known, changes
 
 
-def read_purges(path: Path) -> list[Purge]:
-    """The purges in the file, without lines that a crash has torn."""
+def read_purges(path: Path) -> tuple[list[Purge], str]:
+    """The purges in the file, without lines that a crash has torn; and what is known."""
     try:
         lines = read_file(path, _MAX_BYTES).splitlines()
     except FileError:
-        return []
-    found = []
+        return [], ""
+    found, known = list[Purge](), ""
     for line in lines:
         try:
-            found.append(read(_model(), parse(line, "purge", _MAX_LINE_BYTES), "purge"))
+            one = read(_model(), parse(line, "purge", _MAX_LINE_BYTES), "purge")
         except InvalidError:
             continue
-    return found
+        if isinstance(one, Purge):
+            found.append(one)
+        else:
+            known = one.known
+    own = max((purge.number for purge in found if purge.node == LONE), default=0)
+    return found, f"{LONE}={own}" if own else known
 
 
 def add_purge(run: Path, purge: Purge) -> None:
-    """Note a purge, so that it survives a power cut; OSError. The number is shared afterwards. Blocks."""
+    """Note a purge, so that it survives a power cut; OSError. It is shared afterwards. Blocks."""
     append_line(run / FILE, _model().dump_json(purge))
 
 
@@ -190,7 +214,8 @@ def reserve_room(run: Path) -> None:
     append_line(run / FILE)
 
 
-def keep_purges(run: Path, purges: Iterable[Purge]) -> None:
+def keep_purges(run: Path, purges: Iterable[Purge], known: str = "") -> None:
     """Replace the file; OSError. Blocks."""
-    text = b"".join(_model().dump_json(purge) + b"\n" for purge in purges)
-    replace_file(run / FILE, text)
+    lines = [_model().dump_json(purge) for purge in purges]
+    lines += [_model().dump_json(_Known(known))] if known else []
+    replace_file(run / FILE, b"".join(line + b"\n" for line in lines))

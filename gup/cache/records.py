@@ -13,6 +13,7 @@ from typing import Annotated, Any, NamedTuple
 import xxhash
 from pydantic import AfterValidator, Field, PlainSerializer, PlainValidator, Strict, TypeAdapter
 
+from gup.cluster.orders import KnownText
 from gup.content.key import ContentKey, Kind
 from gup.content.routes import Route, leads_to, path_of
 from gup.errors import PROBLEMS, Problem
@@ -148,8 +149,8 @@ class Head:
     last_modified: _HeaderField | None
     upstream: _Upstream
     upstream_etag: _Tag | None
-    order: Count = field(default=0, kw_only=True)
-    """The highest number of a purge that was known when its fetch began (gup.cache.purges)."""
+    order: KnownText = field(default="", kw_only=True)
+    """What was known of purges when its fetch began (gup.cache.purges)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,8 +391,8 @@ def route_of(kept: Record | FillState) -> Route:
     return Route(kept.kind, immutable, key.stream, key.revision, key.file, path, key.variant)
 
 
-def head_of(key: ContentKey, remote: RemoteHead, order: int = 0, *, changed: bool = False) -> Head:
-    """The head of a body that `remote` announces, whose fetch began at the number `order`.
+def head_of(key: ContentKey, remote: RemoteHead, order: str = "", *, changed: bool = False) -> Head:
+    """The head of a body that `remote` announces, whose fetch began when `order` was known.
 
     Its strong ETag is made of key, length and the first response's validators; random if it has none, or
     other bytes were known under them (`changed`). A member's head is kept as it is.

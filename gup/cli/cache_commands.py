@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -200,9 +200,15 @@ def purge(
                 if answer[name]
             )
             done = "would be purged" if dry_run else "purged"
-            typer.echo(f"{answer['entries']} entries {done}, {freed}{left}")
+            typer.echo(f"{answer['entries']} entries {done}, {freed}{left}{_without(answer)}")
     if answer["busy"]:
         raise typer.Exit(FAILED)
+
+
+def _without(answer: Mapping[str, Any]) -> str:
+    """The members of the cluster that have not confirmed it."""
+    names = ", ".join(answer.get("unconfirmed", ()))
+    return f"; not confirmed yet by {names}" if names else ""
 
 
 def _change_each(
@@ -212,7 +218,7 @@ def _change_each(
     for key in keys:
         answer = admin.ask(method, f"content/{quote(key)}{below}")
         freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
-        words = f"{done} {key}{freed}"
+        words = f"{done} {key}{freed}{_without(answer)}"
         typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
 
 

@@ -5,6 +5,7 @@ A call that takes longer than 0.2 s has failed, and is not repeated: the next be
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
@@ -26,6 +27,7 @@ CONNECT_SECONDS = 1.0
 _LIFE_MS = GRANT_NS // 1_000_000
 """Of a row and of a grant."""
 _MOST_ORDERS = 100
+_MOST_KEPT = 100_000
 _SCRIPT = Path(__file__).with_name("beat.lua")
 _PORT = 6379
 _SENTINEL_PORT = 26379
@@ -67,6 +69,24 @@ class Engine:
             return _parse(answer)
         except (TypeError, ValueError, IndexError) as error:
             raise EngineError(f"its answer can't be read: {error}") from error
+
+    async def orders(self) -> list[tuple[str, str]]:
+        """All orders that the engine has, by the ids of their entries, sealed; EngineError."""
+        found = await self._call(self._client.xrange(self._keys[3]))
+        return [(str(id_), str(fields.get("order", ""))) for id_, fields in found]
+
+    async def put_orders(self, sealed: Sequence[str]) -> None:
+        """Add orders that it has not; EngineError."""
+        if not sealed:
+            return
+
+        async def put() -> None:
+            async with self._client.pipeline(transaction=False) as pipe:
+                for text in sealed:
+                    pipe.xadd(self._keys[3], {"order": text}, maxlen=_MOST_KEPT, approximate=True)
+                await pipe.execute()
+
+        await self._call(put())
 
     async def _call(self, call: Any) -> Any:
         """EngineError with the cause; the connection is made anew then."""

@@ -83,6 +83,9 @@ ALARMS = (
               "Check the network between both, firewalls, and that member's cluster.address."),
     AlarmType("member-unlike", "warning", 60.0, 15.0,
               "Give all members the same upstreams, and one version of gup."),
+    AlarmType("orders-unknown", "warning", 0.0, 15.0, (
+              "Start the engine or another member: until then content may be served that was purged while "
+              "this one was off.")),
     AlarmType("row-forged", "warning", 0.0, 60.0, (
               "Check that all members have the same secret in cluster.secret_file, and who can write to the "
               "engine.")),

@@ -14,18 +14,21 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from gup.cluster.beat import Beat, EngineError
-from gup.cluster.member_list import ALONE, Members
+from gup.cluster.member_list import ALONE, Member, Members
 from gup.cluster.membership import PROBE_SECONDS, PROTOCOL, Membership, Row, read_row, write_row
+from gup.cluster.orders import covers, read_order, write_order
 from gup.cluster.share import GRANT_NS, Classes, Demand, floor, granted
 from gup.cluster.signing import Signer
 from gup.config import Cluster, Upstream
-from gup.upstream.probe import Alive, Prober
+from gup.upstream.probe import Alive, Answered, Failed, Prober
 
 if TYPE_CHECKING:
     from gup.cluster.engine import Engine
+    from gup.control.order_book import OrderBook
 
 _log = logging.getLogger("gup.control.cluster")
 BEAT_SECONDS = 0.2
@@ -38,6 +41,11 @@ _LEAST_SECONDS = 0.02
 _JUMP_MS = 1000
 _AWAY_SECONDS = 2.0
 _FORGED_SECONDS = 60.0
+_CATCH_UP_SECONDS = 1.6
+"""Content waits so long at the start for the orders, and a little more for this to be told."""
+_ORDERS_SECONDS = 10.0
+"""Between two looks at whether the engine has all orders."""
+_MOST_ORDERS_BYTES = 64 << 20
 _NAME_TAKEN = "another node with this name belongs to the cluster"
 _ALONE_AFTER_SECONDS = 1.5
 """A controller that was started again finds the row of the one before."""
@@ -72,6 +80,9 @@ class ClusterDependencies:
     time_offset: Callable[[], int]
     set_time_offset: Callable[[int], None]
     """What to add to the monotonic ms to have the engine's time; 0: unknown."""
+    book: "OrderBook | None" = None
+    set_ordered: Callable[[], None] = lambda: None
+    """Called when the orders have been caught up after the start, or could not be."""
     known: Members = field(default_factory=lambda: ALONE)
     """The list of an earlier run."""
 
@@ -109,13 +120,27 @@ class ClusterControl:
         self.forged, self._forged_at = 0, 0.0
         """Rows and orders in the engine that no member signed."""
         self.beats = 0
+        self.book = dependencies.book
+        if self.book is not None:
+            self.book.tell = self._tell_orders
+        self._ordered = asyncio.Event()
+        self._behind: set[str] = set()
+        """Members that know orders which this node does not."""
+        self._last_order, self._from_engine = "0", list[str]()
+        self._caught_up = self.book is None
         self._own: Row | None = None
 
     # --- life
 
     async def run(self) -> None:
         self._deps.set_most(self.membership.most(self._clock()))
-        jobs = (self._keep_beating(), self._keep_probing(), self._watch(), self._keep_publishing())
+        jobs = (
+            self._keep_beating(),
+            self._keep_probing(),
+            self._watch(),
+            self._keep_publishing(),
+            self._keep_ordering(),
+        )
         async with asyncio.TaskGroup() as group:
             for job in jobs:
                 group.create_task(job)
@@ -168,6 +193,7 @@ class ClusterControl:
                 rate=rate,
                 demand=self._wanted,
                 grant=self._grant,
+                last_order=self._last_order,
             )
         except EngineError as error:
             self._lost(str(error))
@@ -207,6 +233,10 @@ class ClusterControl:
         self._error, self._answered_at, self.beats = "", now, self.beats + 1
         self._left = self._own is not None and self._own.leaving
         self._note_time(beat.time_ms, (asked_ns + now_ns) // 2)
+        if beat.orders and self.book is not None:
+            self._last_order = beat.orders[-1][0]
+            self._from_engine += (fields.get("order", "") for _, fields in beat.orders)
+            self._ordered.set()
         if beat.grant is None:
             self._taken_since = self._taken_since or now
             self.share, self._granted_until_ns = 0, 0
@@ -269,10 +299,101 @@ class ClusterControl:
         answer = await self._prober.probe(name, address, deps.signer(), time_ms, PROBE_SECONDS)
         if isinstance(answer, Alive):
             self.membership.answered(name, self._clock(), ready=answer.ready)
+            if self.book is not None and not covers(self.book.known, answer.known):
+                self.hear_of_orders(name)
             if not deps.time_offset() and answer.time_ms:  # without the engine, a member knows its time
                 deps.set_time_offset(answer.time_ms - time.monotonic_ns() // 1_000_000)
         else:
             self.membership.failed(name, answer.why, refused=answer.refused)
+
+    # --- orders
+
+    def hear_of_orders(self, name: str) -> None:
+        """A member knows orders that this node does not."""
+        self._behind.add(name)
+        self._ordered.set()
+
+    async def _keep_ordering(self) -> None:
+        """Catch up at the start, then whenever there is news; and see to it that the engine has all."""
+        if self.book is None:
+            return
+        await self.book.open()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CATCH_UP_SECONDS):
+                while not await self._catch_up():  # noqa: ASYNC110 - it asks others
+                    await asyncio.sleep(_CATCH_UP_SECONDS / 10)
+        self._deps.set_ordered()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ORDERS_SECONDS):
+                    await self._ordered.wait()
+            self._ordered.clear()
+            texts, self._from_engine = self._from_engine, []
+            await self._take_orders(texts)
+            behind, self._behind = self._behind, set()
+            members = [member for member in self.membership.members() if member.name in behind]
+            await asyncio.gather(*map(self._fetch_orders, members))
+            if not self._caught_up:
+                await self._catch_up()
+            await self._agree_with_engine()
+
+    async def _catch_up(self) -> bool:
+        """Whether the engine or a member has told its orders."""
+        asked = [self._fetch_orders(member) for member in self.membership.members()]
+        self._caught_up = any(await asyncio.gather(self._agree_with_engine(), *asked))
+        return self._caught_up
+
+    async def _fetch_orders(self, member: Member) -> bool:
+        answer = await self._ask_of_orders(member, "/orders")
+        if not isinstance(answer, Answered) or answer.status != HTTPStatus.OK:
+            return False
+        await self._take_orders(answer.body.decode(errors="replace").splitlines())
+        return True
+
+    async def _ask_of_orders(self, member: Member, path: str) -> Answered | Failed:
+        deps, now_ms = self._deps, time.monotonic_ns() // 1_000_000
+        time_ms = now_ms + deps.time_offset() if deps.time_offset() else int(time.time() * 1000)
+        assert self.book is not None
+        fields, most = {"GUP-Known": self.book.known}, _MOST_ORDERS_BYTES
+        signer, address = deps.signer(), member.address
+        return await self._prober.ask(member.name, address, signer, time_ms, 1.0, path, fields, most)
+
+    async def _take_orders(self, sealed: Iterable[str]) -> None:
+        signer, orders = self._deps.signer(), []
+        for text in sealed:
+            unsealed = signer.unseal("order", text)
+            if unsealed is None:
+                self.forged, self._forged_at = self.forged + 1, self._clock()
+            elif (order := read_order(unsealed)) is not None:
+                orders.append(order)
+        assert self.book is not None
+        await self.book.take(orders)
+
+    async def _agree_with_engine(self) -> bool:
+        """Take what the engine has, and put back what it has lost; False without an answer."""
+        assert self.book is not None
+        signer = self._deps.signer()
+        try:
+            found = await self._engine.orders()
+            texts = {signer.unseal("order", text) for _, text in found}
+            await self._take_orders(text for _, text in found)
+            own = [write_order(order) for order in self.book.log.orders]
+            await self._engine.put_orders([signer.seal("order", text) for text in own if text not in texts])
+        except EngineError:
+            return False
+        self._last_order = found[-1][0] if found else "0"
+        return True
+
+    async def _tell_orders(self) -> tuple[str, ...]:
+        """Tell all members what is known here; those that do not know it within a second."""
+        self._ordered.set()
+        members = self.membership.members()
+        answers = await asyncio.gather(*(self._ask_of_orders(member, "/orders/known") for member in members))
+        return tuple(
+            member.name
+            for member, answer in zip(members, answers, strict=True)
+            if not isinstance(answer, Answered) or answer.status != HTTPStatus.OK
+        )
 
     # --- what follows
 
@@ -335,6 +456,9 @@ class ClusterControl:
             others = len(self.membership.members())
             text = f"the cluster's engine does not answer ({self._error}): the list of members holds"
             yield "engine-away", "", f"{text}, {others} besides this one" if others else text
+        if not self._caught_up and now - self._answered_at >= _AWAY_SECONDS:
+            text = "neither the engine nor a member has told since the start what was purged meanwhile"
+            yield "orders-unknown", "", text
         if self.is_alone:
             text = f"{_NAME_TAKEN}, {self.node!r}: this one stays alone until that one is gone"
             yield "name-taken", self.node, text

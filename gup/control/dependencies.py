@@ -5,7 +5,7 @@ import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from gup.cache.locks import Claims
 from gup.cache.purges import Purges
@@ -15,6 +15,7 @@ from gup.content.catalog import Catalogues, Label, Stream
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.control.cluster import ClusterControl
+from gup.control.threads import to_its_end
 from gup.errors import GupError, Problem
 from gup.metrics import Counters
 
@@ -53,8 +54,8 @@ class ControlDependencies:
     raise_store_epoch: Callable[[], None]
     """Called after bodies were unlinked."""
     purges: Purges
-    share_purge: Callable[[int], None]
-    """Called with the number of a purge that was noted on disk."""
+    share_purges: Callable[[], None]
+    """Called when a purge was noted on disk."""
     set_store_bytes: Callable[[int], None]
     """Called with the bytes of bodies and unclaimed parts."""
     promised_bytes: Callable[[], int]
@@ -103,7 +104,6 @@ class ControlDependencies:
 PATIENCE_SECONDS = 5.0
 """Time limit of an operator's command for a fill of the same key."""
 _POLL_SECONDS = 0.01
-_Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
 
@@ -127,18 +127,3 @@ async def change(
         return await to_its_end(work)
     finally:
         claims.release(key.claim_offset)
-
-
-async def to_its_end(
-    work: Callable[_Given, _Result], *arguments: _Given.args, **named: _Given.kwargs
-) -> _Result:
-    """Run `work` in a thread; a cancelled caller waits until the thread has ended.
-
-    A thread can't be stopped: otherwise the caller would release its claim while the work continues.
-    """
-    running = asyncio.ensure_future(asyncio.to_thread(work, *arguments, **named))
-    try:
-        return await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait({running})
-        raise

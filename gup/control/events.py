@@ -227,7 +227,26 @@ class Unlisted(_Event):
     moniker: Annotated[Name, AfterValidator(_normal)]
 
 
-Event = Committed | Usage | Taken | Begun | Need | Unstorable | Failed | Rejected | UpstreamTrouble | Unlisted
+class Ordered(_Event):
+    """A member says that it knows orders which this node does not."""
+
+    type: Literal["ordered"] = "ordered"
+    member: Name
+
+
+Event = (
+    Committed
+    | Usage
+    | Taken
+    | Begun
+    | Need
+    | Unstorable
+    | Failed
+    | Rejected
+    | UpstreamTrouble
+    | Unlisted
+    | Ordered
+)
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])
 
 

@@ -14,7 +14,6 @@ import aiofiles.os
 
 from gup.cache.purges import (
     FILE,
-    KEPT_SECONDS,
     Purge,
     Selection,
     add_purge,
@@ -22,6 +21,7 @@ from gup.cache.purges import (
     read_purges,
 )
 from gup.cache.store import Part, Store
+from gup.cluster.orders import KEPT_SECONDS
 from gup.config import Cache
 from gup.content.key import ContentKey
 from gup.control.dependencies import (
@@ -29,10 +29,10 @@ from gup.control.dependencies import (
     BusyError,
     ControlDependencies,
     change,
-    to_its_end,
 )
 from gup.control.entry_table import EntryTable, Row
 from gup.control.index import Index
+from gup.control.threads import to_its_end
 from gup.errors import GupError
 from gup.units import format_size
 
@@ -166,6 +166,8 @@ class Evictor:
         self._stopped = False
         self._disk = DiskUsage((), 0, 0)  # as last measured
         self._noting = asyncio.Lock()
+        self.unconfirmed: tuple[str, ...] = ()
+        """Members of the cluster that have not confirmed the last purge."""
         self._purged_at = 0.0
         """Unix seconds of the last purge."""
         self._left: set[ContentKey] = set()
@@ -297,7 +299,7 @@ class Evictor:
         is taken go later. Without, it depended on times: only what is stored is removed, and what is claimed
         is left.
         """
-        freed = 0
+        freed, self.unconfirmed = 0, ()
         if selection is not None:
             freed += await self._note(selection, keys)
         busy = 0
@@ -325,19 +327,36 @@ class Evictor:
         """
         freed = 0
         async with self._noting:
-            wall = time.time()
-            number = max(self._dependencies.purges.now + 1, int(wall * 1000))
-            self._purged_at = wall
-            purge = Purge(number, wall, selection)
+            self._purged_at = time.time()
             try:
-                await to_its_end(add_purge, self._store.run, purge)
+                await self._write(selection)
             except OSError:
                 for key in keys:
                     with contextlib.suppress(BusyError):
                         freed += await change(self._claims, key, partial(self._store.purge, key), 0.0)
-                await to_its_end(add_purge, self._store.run, purge)
-            self._dependencies.share_purge(number)
+                await self._write(selection)
         return freed
+
+    async def _write(self, selection: Selection) -> None:
+        cluster, wall = self._dependencies.cluster, time.time()
+        if cluster is not None and cluster.book is not None:
+            self.unconfirmed = await cluster.book.issue("purge", selection.given())
+            return
+        purges, _ = await asyncio.to_thread(read_purges, self._store.run / FILE)
+        last = max((purge.number for purge in purges), default=0)
+        await to_its_end(add_purge, self._store.run, Purge(max(last + 1, int(wall * 1000)), wall, selection))
+        self._dependencies.share_purges()
+
+    async def apply(self, selection: Selection) -> None:
+        """Another node has ordered a purge, which is noted already: remove what it selects here."""
+        self._purged_at = time.time()
+        async for rows in self._index.rows.every(selection.stream):
+            for row in rows:
+                key = ContentKey.parse(row.key)
+                if selection.selects(key, row.kind, pinned=row.pinned):
+                    await self._remove_purged(key, 0.0)
+        await self._remove_parts()
+        await self._purged()
 
     async def _remove_purged(self, key: ContentKey, patience_seconds: float) -> int:
         """Remove what a purge names; the bytes freed. Tried again later when the claim is taken."""
@@ -391,18 +410,18 @@ class Evictor:
     async def purge_again(self) -> None:
         """At the start: remove what was purged before, if an earlier controller died before it could."""
         run = self._store.run
-        purges = await asyncio.to_thread(read_purges, run / FILE)
+        purges, _ = await asyncio.to_thread(read_purges, run / FILE)
         kept = [purge for purge in purges if time.time() - purge.at < KEPT_SECONDS]
-        if len(kept) < len(purges):
+        if len(kept) < len(purges) and self._dependencies.cluster is None:
             await asyncio.to_thread(keep_purges, run, kept)
         if not kept:
             return
-        self._dependencies.share_purge(self._dependencies.purges.now)
+        self._dependencies.share_purges()
         latest = kept[-1].at + _COMMITS_SECONDS
         async for rows in self._index.rows.every():
             for row in rows:
                 key = ContentKey.parse(row.key)
-                if row.stored_at <= latest and self._dependencies.purges.name(key, row.kind, 0):
+                if row.stored_at <= latest and self._dependencies.purges.name(key, row.kind, ""):
                     self._left.add(key)
         await self._remove_parts()
 

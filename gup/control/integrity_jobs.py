@@ -16,8 +16,9 @@ from gup.cache.records import Record
 from gup.cache.store import OpenFile, read_aside, span_of
 from gup.content.key import ContentKey
 from gup.control.api import schemas
-from gup.control.dependencies import BusyError, ControlDependencies, change, to_its_end
+from gup.control.dependencies import BusyError, ControlDependencies, change
 from gup.control.index import Index
+from gup.control.threads import to_its_end
 from gup.errors import Problem
 from gup.jsonmodel import Count, Time
 

@@ -22,8 +22,9 @@ from pydantic import BaseModel, Field, TypeAdapter
 import gup
 from gup.config import Alarms
 from gup.control.api.schemas import Alarm, TestMessage
-from gup.control.dependencies import ControlDependencies, to_its_end
+from gup.control.dependencies import ControlDependencies
 from gup.control.receivers import NotAcceptedError, Webhook, run_command
+from gup.control.threads import to_its_end
 from gup.errors import quoted
 from gup.files import FileError, read_file, replace_file
 from gup.jsonmodel import InvalidError, Time, parse, read

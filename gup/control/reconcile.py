@@ -11,9 +11,10 @@ from itertools import islice
 
 from gup.cache.store import Seen, Store, Stored
 from gup.content.key import ContentKey
-from gup.control.dependencies import BusyError, ControlDependencies, change, to_its_end
+from gup.control.dependencies import BusyError, ControlDependencies, change
 from gup.control.entry_table import ROWS_AT_ONCE, row_of
 from gup.control.index import Index
+from gup.control.threads import to_its_end
 
 _log = logging.getLogger("gup.control.index")
 ORPHAN_AGE_SECONDS = 600.0

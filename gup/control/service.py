@@ -319,6 +319,8 @@ class Control:
             jobs.every(_RESTART_SECONDS, f"prefetch {lane}", partial(state.prefetcher.run, lane))
         jobs.every(600.0, "reconcile", self._reconcile)
         jobs.every(1.0, "flush", self._flush)
+        if (cluster := self._dependencies.cluster) is not None and cluster.book is not None:
+            cluster.book.carry_out = state.carry_out
         jobs.start("purge", state.evictor.purge_again())
         jobs.every(1.0, "purge", state.evictor.remove_left)
         jobs.every(60.0, "touch", self._touch)

@@ -9,11 +9,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from gup.cache.purges import Selection
 from gup.cache.store import Part
+from gup.cluster.orders import Order
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.api.schemas import Alarm, FailedFill, KeyNote, WriteRefusal
-from gup.control.dependencies import ControlDependencies, change
+from gup.control.dependencies import BusyError, ControlDependencies, change
 from gup.control.entry_table import Stream, make_row
 from gup.control.events import (
     MAX_DATAGRAM_BYTES,
@@ -22,6 +24,7 @@ from gup.control.events import (
     Event,
     Failed,
     Need,
+    Ordered,
     Rejected,
     Taken,
     Unlisted,
@@ -253,6 +256,9 @@ class ControlState:
                 self.notes.note(key.text, "failed", at=now, detail=f"{problem}: {detail}")
                 self.traffic.missed(key)
                 self.prefetcher.refused(key)
+            case Ordered():
+                if self.dependencies.cluster is not None:
+                    self.dependencies.cluster.hear_of_orders(event.member)
             case Unlisted():
                 self.dependencies.unlisted(event.moniker)
             case UpstreamTrouble():
@@ -282,6 +288,10 @@ class ControlState:
         self.index.put(make_row(event.key, event.kind, event.length, **times, **more))
         self._has_grown = True
         self.evictor.note_committed(event.key)
+        book = self.dependencies.cluster.book if self.dependencies.cluster is not None else None
+        standing = book.log.standing(event.key.text) if book is not None else None
+        if standing is not None and standing.action == "pin":
+            self.repin.add(event.key.text)
 
     def _used(self, event: Usage, now: float) -> None:
         """Uses of unknown keys are ignored: the event of their commit was lost."""
@@ -318,6 +328,18 @@ class ControlState:
         if row is not None:
             self.index.put(replace(row, pinned=pinned))
         return True
+
+    async def carry_out(self, order: Order) -> None:
+        """What another member has ordered. Pins that can't be changed now are when their claim is free."""
+        if order.action == "purge":
+            await self.evictor.apply(Selection.of(order.what))
+            return
+        key, pinned = ContentKey.parse(str(order.what.get("key"))), order.action == "pin"
+        try:
+            await self.set_pinned(key, pinned=pinned)
+        except BusyError:
+            if pinned:
+                self.repin.add(key.text)
 
     async def meter(self) -> None:
         """To be called once a second."""

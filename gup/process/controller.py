@@ -25,6 +25,7 @@ from gup.control.catalog_refresh import CatalogRefresher
 from gup.control.cluster import ClusterControl, ClusterDependencies
 from gup.control.dependencies import ControlDependencies, Reload
 from gup.control.eviction import AgeClock
+from gup.control.order_book import OrderBook
 from gup.control.service import Control
 from gup.control.stats.history import RECEIVED
 from gup.process.child import Message, Parent
@@ -33,6 +34,7 @@ from gup.process.shared_memory import (
     CONFIG_OK,
     ENGINE_TIME,
     ENGINE_TIME_BEFORE,
+    ORDERED,
     POLICY_EPOCH,
     PURGES,
     STORE_BYTES,
@@ -103,7 +105,7 @@ class Controller(ChildProcess):
                 stream_names=lambda: read_streams(self.store.run / "streams"),
                 raise_store_epoch=lambda: self.page.raise_epoch(STORE_EPOCH),
                 purges=dependencies.purges,
-                share_purge=self._share_purge,
+                share_purges=self._share_purges,
                 set_store_bytes=lambda size_bytes: words.__setitem__(STORE_BYTES, size_bytes),
                 promised_bytes=self.reserved_bytes,
                 upstream_states=lambda: {
@@ -199,6 +201,8 @@ class Controller(ChildProcess):
                 set_most=lambda most: words.__setitem__(WAN_MEMBERS, most),
                 time_offset=lambda: words[ENGINE_TIME],
                 set_time_offset=set_time_offset,
+                book=OrderBook(run, cluster.node, lambda: self.engine_ms() / 1000, self._share_purges),
+                set_ordered=lambda: words.__setitem__(ORDERED, 1),
                 known=read_members(run),
             ),
             Engine(cluster),
@@ -299,9 +303,9 @@ class Controller(ChildProcess):
 
     # --- called by the control plane
 
-    def _share_purge(self, number: int) -> None:
-        """All processes close what the purge names, at once."""
-        self.words[PURGES] = max(number, self.words[PURGES])
+    def _share_purges(self) -> None:
+        """All processes read the purges, and close what they name, at once."""
+        self.words[PURGES] += 1
         self.page.raise_epoch(STORE_EPOCH)
 
     async def _look_up_catalogue(self, name: str) -> Fetched:

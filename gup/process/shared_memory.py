@@ -49,7 +49,7 @@ _LOG = logging.getLogger(__name__)
 # clock and the table of memory files are written by whoever holds `locked`, CONFIG_* by the supervisor, a
 # word of a row by the process of its block, all else by the controller.
 
-PAGE_FORMAT = 2
+PAGE_FORMAT = 3
 """Of the page's layout and of what its words mean. Raise it with every change of these: `gup upgrade` refuses
 to replace a service whose page has another one."""
 POLICY_EPOCH = 1  # raised when settings or rules have changed
@@ -63,7 +63,8 @@ WAN_SHARE_UNTIL = 10  # monotonic nanoseconds at which it ends
 WAN_MEMBERS = 13  # the most members of the last ten minutes; 0: not known yet
 ENGINE_TIME = 11  # what to add to monotonic ms to have the cluster engine's time; 0: unknown
 ENGINE_TIME_BEFORE = 12  # the same before the engine's clock last jumped
-PURGES = 14  # the highest number of a purge: see gup.cache.purges
+PURGES = 14  # raised when run/purges has changed: see gup.cache.purges
+ORDERED = 15  # 1 when the orders of the cluster have been caught up, or could not be
 UPSTREAM_HEALTH = 16  # one word per upstream, in the format of gup.upstream.health
 MOST_UPSTREAMS = 16
 WAN_CLOCK = UPSTREAM_HEALTH + MOST_UPSTREAMS

@@ -29,6 +29,7 @@ from gup.cluster.member_list import MembersReader
 from gup.cluster.share import floor, without_grant
 from gup.cluster.signing import Signer, read_secrets
 from gup.config import Settings
+from gup.content.key import ContentKey, Kind
 from gup.files import FileError
 from gup.process import shared_memory as layout
 from gup.process.child import Message, Parent
@@ -101,6 +102,7 @@ class ChildProcess(ABC):
                 names, words, layout.UPSTREAM_HEALTH, layout.MOST_UPSTREAMS, page.locked, tell_health
             ),
         )
+        self.purges = Purges(self.store.run, lambda: words[layout.PURGES])
         self.dependencies = FillDependencies(
             store=self.store,
             claims=self.store.claims,
@@ -127,7 +129,7 @@ class ChildProcess(ABC):
                 words[layout.FAILURES : layout.FAILURES + layout.FAILURES_WORDS],
                 lambda: page.locked(layout.FAILURES),
             ),
-            purges=Purges(self.store.run, lambda: words[layout.PURGES]),
+            purges=self.purges,
             misses=ClientCounts.alone(),
             streams=Streams(self.store.run / "streams"),
             executor=self.executor,
@@ -161,6 +163,7 @@ class ChildProcess(ABC):
             signer=self.sign_as,
             time_ms=self.engine_ms,
             listed=lambda: read().askable,
+            is_purged=lambda key, kind, order: self.purges.name(ContentKey.parse(key), Kind(kind), order),
             settled=lambda: self.words[layout.CLUSTER_EPOCH] > 0,
         )
 

@@ -20,6 +20,7 @@ from gup.process.shared_memory import (
     ENGINE_TIME,
     ENGINE_TIME_BEFORE,
     FIRST_WORKER,
+    ORDERED,
     POLICY_EPOCH,
     STORE_EPOCH,
     Row,
@@ -31,10 +32,13 @@ from gup.server.downloads import Downloads
 from gup.server.handler import Handler
 from gup.server.hot_cache import HotCache
 from gup.server.listener import Listener
-from gup.server.peer import PeerAdmission, PeerHandler, PeerLog
+from gup.server.peer import PeerAdmission, PeerHandler, PeerLog, PeerOrders
 from gup.server.policy import Policy
 
 _WARM_UP_AFTER_SECONDS = 0.3
+_ORDERS_SECONDS, _LOOK_SECONDS = 10.0, 0.01
+"""The longest wait of content for the controller, which catches up the orders at the start or gives up after
+1.6 s."""
 _COLLECT_AFTER = 10_000
 """New objects that outlive their use; Python's own 700 takes 3 to 5 % of a small miss."""
 
@@ -105,6 +109,7 @@ class Worker(ChildProcess):
             cluster.node,
             self.sign_as,
             lambda: [self.engine_ms(), *(time.monotonic_ns() // 1_000_000 + self.words[at] for at in times)],
+            PeerOrders(self.dependencies, self.sign_as, lambda: self.words[ORDERED] != 0),
         )
         return Listener(sockets, None, self.settings, handler, PeerAdmission(), lambda _now: None)
 
@@ -117,10 +122,13 @@ class Worker(ChildProcess):
     async def run(self) -> None:
         gc.freeze()  # what the start has made stays, and need not be looked through again and again
         gc.set_threshold(_COLLECT_AFTER)  # a fill leaves no cycles: there is little to collect
-        self._listener.start()
+        self.parent.send({"ready": True})  # only then is the controller started, which catches up the orders
         if self._peers is not None:
             self._peers.start()
-        self.parent.send({"ready": True})
+            give_up_at = time.monotonic() + _ORDERS_SECONDS
+            while not self.words[ORDERED] and time.monotonic() < give_up_at:  # noqa: ASYNC110 - its memory
+                await asyncio.sleep(_LOOK_SECONDS)
+        self._listener.start()
         warming = asyncio.create_task(self._warm_up())
         if not await self.handle_messages():  # the supervisor is gone
             if self._draining is not None:

@@ -14,6 +14,7 @@ from gup import config
 from gup.cache.cache import Cache, Result
 from gup.cache.inflight import OF_MEMBER, FillDependencies
 from gup.cache.records import Head
+from gup.cluster.orders import FILE, covers
 from gup.cluster.signing import Question, Refused, Signer
 from gup.content.key import BadKeyError, ContentKey
 from gup.content.routes import Route, Routes, parse_target
@@ -32,6 +33,7 @@ log = logging.getLogger("gup.peer")
 
 _MOST_CONNECTIONS = 4096
 """Of members to one worker. Beyond it idle ones are closed first, such as those of who is no member."""
+_ORDERS_SECONDS, _LOOK_SECONDS = 0.9, 0.01
 _READY_SECONDS = 1.0
 """A question that can't be answered by then is answered with NOT_READY, and asked again."""
 _TRIES = 3
@@ -47,6 +49,50 @@ class PeerLog(AccessLog):
         """Nothing."""
 
 
+class PeerOrders:
+    """The cluster's orders as a worker tells them: those in the controller's file, and what is known."""
+
+    def __init__(
+        self,
+        dependencies: FillDependencies,
+        signer: Callable[[], Signer],
+        is_ready: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`is_ready`: the orders were caught up since the start."""
+        self._deps, self._signer, self._is_ready = dependencies, signer, is_ready
+
+    @property
+    def known(self) -> str:
+        return self._deps.purges.known
+
+    @property
+    def ready(self) -> bool:
+        return self._is_ready()
+
+    async def all(self) -> bytes:
+        """All that this node knows, each signed, a line each."""
+        signer, path = self._signer(), self._deps.store.run / FILE
+
+        def read() -> bytes:
+            try:
+                lines = path.read_text(encoding="utf-8").splitlines()
+            except OSError:
+                return b""
+            return "".join(signer.seal("order", line) + "\n" for line in lines).encode()
+
+        return await asyncio.get_running_loop().run_in_executor(self._deps.executor, read)
+
+    async def told(self, member: str, known: str) -> bool:
+        """A member says what it knows: have the controller ask it, and wait until that is known here."""
+        if not covers(self.known, known):
+            self._deps.tell({"type": "ordered", "member": member})
+            give_up_at = self._deps.clock() + _ORDERS_SECONDS
+            # The controller is another process.
+            while not covers(self.known, known) and self._deps.clock() < give_up_at:  # noqa: ASYNC110
+                await asyncio.sleep(_LOOK_SECONDS)
+        return covers(self.known, known)
+
+
 class PeerHandler:
     """In the handler's place on the peer port."""
 
@@ -60,6 +106,7 @@ class PeerHandler:
         name: str,
         signer: Callable[[], Signer],
         times_ms: Callable[[], Sequence[int]],
+        orders: "PeerOrders | None" = None,
     ) -> None:
         """`node` is the name in Via, that of all members; `name` this one's own. `times_ms` are the engine's
         times that count as now, the likeliest first.
@@ -71,6 +118,7 @@ class PeerHandler:
         self.draining = False
         self._dependencies, self._cache = dependencies, cache
         self._name, self._signer, self._times_ms = name, signer, times_ms
+        self._orders = orders or PeerOrders(dependencies, signer)
         self._node, self._via = node, f"1.1 {node} (gup)"
         self._use(dependencies.settings)
 
@@ -118,9 +166,10 @@ class PeerHandler:
 
     async def _answer(self, request: Request, fields: dict[str, str]) -> Response:
         request.check_method()
-        if request.target == b"/readyz":
-            ready = self._dependencies.members.settled and not self.draining
-            return self._plain(200 if ready else 503, request)
+        if request.target in (b"/readyz", b"/orders", b"/orders/known"):
+            return await self._tell(request, fields)
+        if not self._orders.ready:
+            return self._plain(503, request)
         route = self._routes.route(parse_target(request.target).path)
         try:
             key = ContentKey.parse(request.header("gup-key") or "")
@@ -181,19 +230,40 @@ class PeerHandler:
     ) -> Response:
         validators = Validators(head.upstream_etag, head.last_modified)
         given = GivenHead(
-            head.etag, head.upstream, head.upstream_etag, head.last_modified, validators, age, 0
+            head.etag,
+            head.upstream,
+            head.upstream_etag,
+            head.last_modified,
+            validators,
+            age,
+            head.order,
         )
         fields["GUP-Head"] = given.text()
         response = plan(request, head, Serving(self._date(), self._via, age, "gup", None, ranges))
         response.result = Result.HIT
         return response
 
-    def _plain(self, status: int, request: Request) -> Response:
-        lines = [("Date", self._date()), ("Content-Length", "0")]
+    async def _tell(self, request: Request, fields: dict[str, str]) -> Response:
+        """What is not about content."""
+        status, body = 200, b""
+        if request.target == b"/readyz":
+            ready = self._orders.ready and self._dependencies.members.settled and not self.draining
+            status = 200 if ready else 503
+        elif request.target == b"/orders":
+            body = await self._orders.all()
+        else:
+            member, known = (request.header(name) or "" for name in ("gup-from", "gup-known"))
+            status = 200 if await self._orders.told(member, known) else NOT_READY
+        fields["GUP-Known"] = self._orders.known
+        return self._plain(status, request, body)
+
+    def _plain(self, status: int, request: Request, body: bytes = b"") -> Response:
+        lines = [("Date", self._date()), ("Content-Length", str(len(body)))]
         lines += [] if request.keep_alive else [("Connection", "close")]
         phrase = HTTPStatus(status).phrase.encode()
         head = b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, phrase, field_lines(lines))
-        return Response(status, head, (), close=not request.keep_alive)
+        segments = (body,) if body and request.method != "HEAD" else ()
+        return Response(status, head, segments, close=not request.keep_alive)
 
     def _date(self) -> str:
         return format_http_date(self._dependencies.wall_clock())

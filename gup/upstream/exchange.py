@@ -10,9 +10,10 @@ from typing import Annotated, NamedTuple
 import xxhash
 from pydantic import Field, Strict, TypeAdapter
 
+from gup.cluster.orders import KnownText
 from gup.config.loading import mask_password
 from gup.errors import SHOWN_BYTES, GupError, Problem, quoted
-from gup.jsonmodel import Count, parse, read
+from gup.jsonmodel import parse, read
 from gup.units import parse_http_date
 
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
@@ -207,8 +208,8 @@ class GivenHead:
     """What another member of the cluster has as the head of a body, beside what HTTP says of it.
 
     `etag` is that of every member. `validators` are those of `upstream`, where the body comes from.
-    `age_seconds` is how long ago that one was last asked, `order` the highest order the member knew when its
-    WAN fetch began.
+    `age_seconds` is how long ago that one was last asked, `order` what was known of purges when its WAN fetch
+    began.
     """
 
     etag: _Sendable | None
@@ -217,7 +218,7 @@ class GivenHead:
     last_modified: _Sendable | None
     validators: Validators
     age_seconds: Annotated[int, Strict(), Field(ge=0, le=1 << 31)]
-    order: Count
+    order: KnownText
 
     @classmethod
     def parse(cls, text: str) -> "GivenHead":

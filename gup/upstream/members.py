@@ -97,10 +97,14 @@ class Members:
         time_ms: Callable[[], int] = lambda: 0,
         listed: Callable[[], Mapping[str, str]] = dict,
         settled: Callable[[], bool] = lambda: True,
+        is_purged: Callable[[str, str, str], bool] = lambda _key, _kind, _order: False,
     ) -> None:
         """Without more than the counters: of a gup that is alone. `time_ms` is the engine's time, `listed`
         the addresses of the members that may be asked, by name; `settled`: that list is of this run.
+        `is_purged` tells of a copy's key, kind and order whether a purge names it that its member did not
+        know.
         """
+        self._is_purged = is_purged
         self._settled, self._settle_by = settled, time.monotonic() + _SETTLE_SECONDS
         self.wan = Wan.free()
         self._counters, self._user_agent, self._via, self._node = counters, user_agent, via, node
@@ -250,6 +254,9 @@ class Members:
             given = GivenHead.parse(response.headers.get("GUP-Head", ""))
         except InvalidError as error:
             raise rejected(f"{name} sent a head that can't be read: {error}") from error
+        if self._is_purged(ask.key, ask.stream[1], given.order):
+            detail = f"{name} has it from before a purge"
+            raise UpstreamFailure("error", "upstream-error", detail, again=False, status=NOT_HELD)
         head = replace(fields.head(given.age_seconds), given=given)
         if ask.method == "HEAD":
             response.release()

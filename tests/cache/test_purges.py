@@ -7,7 +7,7 @@ from harness.caches import Cut, path_of, read, route, working
 from harness.content import MONIKER, noise
 from harness.upstreams import Answer, Gate
 
-from gup.cache.purges import FILE, KEPT_SECONDS, Purge, Purges, Selection, add_purge, keep_purges, read_purges
+from gup.cache.purges import FILE, Purge, Purges, Selection, add_purge, keep_purges, read_purges
 from gup.content.key import ContentKey, Kind, Variant
 from gup.files import append_line
 
@@ -65,18 +65,27 @@ def test_pinned_ones_are_named_when_that_is_said_or_by_their_key():
 def test_a_body_is_named_by_later_purges_alone_and_by_those_of_an_earlier_run(tmp_path):
     told = [0]
     purges = Purges(tmp_path, lambda: told[0])
-    assert (purges.now, purges.name(KEY, Kind.DELTA, 0)) == (0, False)
+    assert (purges.known, purges.name(KEY, Kind.DELTA, "")) == ("", False)
     for number, selection in ((7, Selection(key=KEY.text)), (9, Selection(kind=Kind.INDEX))):
         add_purge(tmp_path, Purge(number, 1.0, selection))
-    assert not purges.name(KEY, Kind.DELTA, 6), "it is not told yet"
-    told[0] = 9
+    assert not purges.name(KEY, Kind.DELTA, ""), "it is not told yet"
+    told[0] += 1
     for known in (purges, Purges(tmp_path)):
-        assert known.now == 9
-        assert [known.name(KEY, Kind.DELTA, order) for order in (6, 7, 9)] == [True, False, False]
-        assert [known.name(KEY, Kind.INDEX, order) for order in (6, 7, 9)] == [True, True, False]
-    keep_purges(tmp_path, [purge for purge in read_purges(tmp_path / FILE) if purge.number > 7])
-    assert Purges(tmp_path).name(KEY, Kind.DELTA, 6) is False
-    assert KEPT_SECONDS == 30 * 86400
+        assert known.known == "-=9"
+        orders = ("", "-=6", "-=7", "-=9")
+        assert [known.name(KEY, Kind.DELTA, order) for order in orders] == [True, True, False, False]
+        assert [known.name(KEY, Kind.INDEX, order) for order in orders] == [True, True, True, False]
+    purges, _ = read_purges(tmp_path / FILE)
+    keep_purges(tmp_path, purges[1:])
+    assert Purges(tmp_path).name(KEY, Kind.DELTA, "") is False
+
+
+def test_what_is_known_in_a_cluster_is_said_in_the_file(tmp_path):
+    keep_purges(tmp_path, [Purge(9, 1.0, Selection(pattern="*"), "b")], known="a=7 b=5+9")
+    purges = Purges(tmp_path)
+    assert purges.known == "a=7 b=5+9"
+    assert purges.name(KEY, Kind.DELTA, "a=7 b=5")
+    assert not purges.name(KEY, Kind.DELTA, "b=9")
 
 
 def test_a_torn_line_costs_that_line_alone(tmp_path):
@@ -85,8 +94,14 @@ def test_a_torn_line_costs_that_line_alone(tmp_path):
     file.write_bytes(file.read_bytes() + b'{"number":8,"at":1')
     add_purge(tmp_path, Purge(9, 1.0, Selection(pattern="*")))
     append_line(file, b'{"number":10}')
-    assert [purge.number for purge in read_purges(file)] == [7, 9]
+    assert [purge.number for purge in read_purges(file)[0]] == [7, 9]
     assert (file.stat().st_mode & 0o777) == 0o600
+
+
+def test_conditions_are_the_same_when_they_were_sent():
+    one = Selection(kind=Kind.DELTA, streams=(("a", "b", "c"),))
+    assert Selection.of(one.given()) == one
+    assert one.given() == {"kind": "delta", "streams": [["a", "b", "c"]]}
 
 
 # --- fills

@@ -16,6 +16,7 @@ from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Slots
 from gup.client_names import ClientNames
 from gup.cluster.signing import Signer
+from gup.content.key import ContentKey, Kind
 from gup.server.downloads import Downloads
 from gup.server.listener import Listener
 from gup.server.peer import PeerAdmission, PeerHandler, PeerLog
@@ -100,6 +101,9 @@ async def cluster(root, urls, count: int, **sections) -> AsyncIterator[list[Node
                 signer=lambda: SIGNER,
                 time_ms=now_ms,
                 listed=lambda known=known: known,
+                is_purged=lambda key, kind, order, deps=deps: deps.purges.name(
+                    ContentKey.parse(key), Kind(kind), order
+                ),
             )
             listening = socket.create_server(("127.0.0.1", 0))
             slots = Slots(deps.claims, 1_000_000, lambda: 0)

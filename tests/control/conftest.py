@@ -129,8 +129,8 @@ class World:
     def totals(self) -> dict[str, int]:
         return {name: self.counters.words[at] for at, name in enumerate(layout(["manager"]))}
 
-    def share_purge(self, number: int) -> None:
-        self.purged = number
+    def share_purges(self) -> None:
+        self.purged += 1
         self.raise_epoch()
 
     def raise_epoch(self) -> None:
@@ -184,7 +184,7 @@ class World:
             stream_names=lambda: self.streams,
             raise_store_epoch=self.raise_epoch,
             purges=Purges(self.store.run, lambda: self.purged),
-            share_purge=self.share_purge,
+            share_purges=self.share_purges,
             set_store_bytes=self.store_bytes.append,
             promised_bytes=lambda: 0,
             wan_rate=lambda: self.wan_rate,

@@ -102,7 +102,14 @@ OVERDUE = (
     "here is 260102001"
 )
 UNSURE = "upstream-unsure-end"
-OF_A_CLUSTER = ("name-taken", "engine-away", "member-unreachable", "member-unlike", "row-forged")
+OF_A_CLUSTER = (
+    "name-taken",
+    "engine-away",
+    "member-unreachable",
+    "member-unlike",
+    "orders-unknown",
+    "row-forged",
+)
 # fmt: off
 SICK: list[tuple[str, dict, str, str]] = [
     ("upstream-down", {"upstreams": {"a": DOWN_A, "b": UP_B}}, "a", "a is down; others are asked (refused)"),

@@ -64,14 +64,15 @@ async def test_a_purge_of_many_removes_what_the_filter_chooses_after_a_dry_run(w
             "no filter is no wish for all"
         )
         query += "&older_than=1&kind=full"
+        alone = {"unconfirmed": []}
         _, told = await ask(browser, world, "DELETE", query + "&dry_run=1")
-        assert told == {"dry_run": True, "entries": 72, "freed_bytes": 708, "pinned": 1, "busy": 0}
+        assert told == {"dry_run": True, "entries": 72, "freed_bytes": 708, "pinned": 1, "busy": 0} | alone
         assert len(rows) == 73
         _, told = await ask(browser, world, "DELETE", query + "&revision=260101004")
-        assert told == {"dry_run": False, "entries": 70, "freed_bytes": 700, "pinned": 0, "busy": 0}
+        assert told == {"dry_run": False, "entries": 70, "freed_bytes": 700, "pinned": 0, "busy": 0} | alone
         assert not any(world.store.body_path(record.key).exists() for record in gone)
         _, told = await ask(browser, world, "DELETE", query + "&pinned=1")
-        assert told == {"dry_run": False, "entries": 2, "freed_bytes": 8, "pinned": 0, "busy": 1}
+        assert told == {"dry_run": False, "entries": 2, "freed_bytes": 8, "pinned": 0, "busy": 1} | alone
         assert list(rows) == [busy.key.text]
         assert world.epochs >= 2
 

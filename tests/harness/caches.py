@@ -47,7 +47,7 @@ _MEMORY: dict[Path, "memoryview[int]"] = {}
 _FAILURES: dict[Path, "memoryview[int]"] = {}
 """Their table of failures."""
 _PURGED: dict[Path, int] = {}
-"""Their highest number of a purge."""
+"""Their changes of the purges."""
 
 
 @dataclass
@@ -70,12 +70,11 @@ class Worker:
 
     def purge(self, **selected: str) -> None:
         """Note a purge as the controller does, for all workers on the directory; no file is removed."""
-        number = max(self.dependencies.purges.now + 1, int(time.time() * 1000))
-        add_purge(self.dependencies.store.run, Purge(number, time.time(), Selection(**selected)))
-        self.share_purge(number)
+        add_purge(self.dependencies.store.run, Purge(time.time_ns(), time.time(), Selection(**selected)))
+        self.share_purges()
 
-    def share_purge(self, number: int) -> None:
-        _PURGED[self.dependencies.store.root] = number
+    def share_purges(self) -> None:
+        _PURGED[self.dependencies.store.root] = time.time_ns()
         self.dependencies.raise_store_epoch()
 
     def failed(self, path: str) -> bool:

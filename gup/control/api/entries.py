@@ -130,9 +130,10 @@ async def purge(state: ControlState, path: Key) -> schemas.Purged:
     """
     known = path.key.text in state.index.rows or state.dependencies.claims.taken(path.key.claim_offset)
     freed = await state.evictor.purge(path.key)
-    if not freed and not known:
+    if not freed and not known and state.dependencies.cluster is None:
         raise _not_found(path.key)
-    return schemas.Purged(key=path.key.text, freed_bytes=freed)
+    missing = list(state.evictor.unconfirmed)
+    return schemas.Purged(key=path.key.text, freed_bytes=freed, unconfirmed=missing)
 
 
 async def purge_all(state: ControlState, query: Purge) -> schemas.PurgedEntries:
@@ -155,6 +156,7 @@ async def purge_all(state: ControlState, query: Purge) -> schemas.PurgedEntries:
         freed_bytes=freed_bytes,
         pinned=len(found) - len(due),
         busy=len(due) - entries,
+        unconfirmed=list(state.evictor.unconfirmed) if query.dry_run == "0" else [],
     )
 
 
@@ -192,7 +194,11 @@ async def unpin(state: ControlState, path: Key) -> schemas.Pinned:
 
 
 async def _pinned(state: ControlState, key: ContentKey, pinned: bool) -> schemas.Pinned:
-    if not await state.set_pinned(key, pinned=pinned):
+    found = await state.set_pinned(key, pinned=pinned)
+    cluster = state.dependencies.cluster
+    if cluster is not None and cluster.book is not None:
+        await cluster.book.issue("pin" if pinned else "unpin", {"key": key.text})
+    elif not found:
         raise _not_found(key)
     return schemas.Pinned(key=key.text, pinned=pinned)
 

@@ -367,9 +367,13 @@ class EntryWithRecord(Entry):
     record: EntryRecord | None = Field(description="Null when it is damaged or has just been removed.")
 
 
+_UNCONFIRMED = "Members of the cluster that have not confirmed it within a second: they follow."
+
+
 class Purged(Response):
     key: str
     freed_bytes: int
+    unconfirmed: list[str] = Field(description=_UNCONFIRMED)
 
 
 class PurgedEntries(Response):
@@ -378,6 +382,7 @@ class PurgedEntries(Response):
     freed_bytes: int
     pinned: int = Field(description="Skipped because they are pinned.")
     busy: int = Field(description="Skipped, with a filter by times, because another process used them.")
+    unconfirmed: list[str] = Field(description=_UNCONFIRMED)
 
 
 class Pinned(Response):

@@ -1,0 +1,102 @@
+"""A node's book of the cluster's orders: kept on disk, told to the others, and carried out."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pathlib import Path
+
+from gup.cache.purges import FILE as PURGES_FILE
+from gup.cache.purges import Purge, Selection, keep_purges, read_purges
+from gup.cluster.orders import FILE, LONE, Action, Order, OrderLog, read_order, write_order
+from gup.control.threads import to_its_end
+from gup.errors import GupError
+from gup.files import FileError, read_file, replace_file
+
+_log = logging.getLogger("gup.control.order_book")
+_MAX_BYTES = 64 << 20
+
+
+class OrderBook:
+    """The orders that this node knows, in run/orders, and what workers read of them, in run/purges."""
+
+    def __init__(self, run: Path, node: str, now: Callable[[], float], share: Callable[[], None]) -> None:
+        """`now` is the cluster's time in Unix seconds; `share` tells the workers that the purges changed."""
+        self._run, self._now, self._share = run, now, share
+        self._changing = asyncio.Lock()
+        self.carry_out: Callable[[Order], Awaitable[None]] | None = None
+        """Set by who can."""
+        self.tell: Callable[[], Awaitable[tuple[str, ...]]] | None = None
+        """Tells the other members, and returns the names of those that did not confirm it."""
+        self.log = OrderLog(node, _read(run / FILE))
+
+    @property
+    def known(self) -> str:
+        return self.log.known(self._now())
+
+    async def open(self) -> None:
+        """Take over what was purged while this gup had no cluster. Call it once."""
+        purges, _ = await asyncio.to_thread(read_purges, self._run / PURGES_FILE)
+        for purge in purges:
+            if purge.node == LONE:
+                self.log.write(max(purge.at, 0.0), "purge", purge.selection.given())
+        async with self._changing:
+            await self._save()
+
+    async def issue(self, action: Action, what: Mapping[str, object]) -> tuple[str, ...]:
+        """A new order: noted here, then told to the others. The members that have not confirmed it in time.
+
+        OSError when it can't be noted.
+        """
+        async with self._changing:
+            order = self.log.write(self._now(), action, what)
+            try:
+                await self._save()
+            except OSError:
+                self.log.drop(order)
+                raise
+        return await self.tell() if self.tell is not None else ()
+
+    async def take(self, orders: Iterable[Order]) -> bool:
+        """Orders of others: noted, then carried out; whether any was news."""
+        async with self._changing:
+            news = [order for order in orders if self.log.take(order, self._now())]
+            if not news:
+                return False
+            try:
+                await self._save()
+            except OSError as error:  # they hold in this run, and are told again after a restart
+                _log.warning("orders of other members can't be noted: %s", error.strerror)
+        for order in news:
+            _log.info("%s ordered: %s %s", order.node, order.action, dict(order.what))
+            latest = self.log.standing(str(order.what.get("key")))
+            if self.carry_out is not None and (order.action == "purge" or order == latest):
+                try:
+                    await self.carry_out(order)
+                except (GupError, OSError) as error:
+                    _log.warning("an order of %s could not be carried out: %s", order.node, error)
+        return True
+
+    async def _save(self) -> None:
+        self.log.forget(self._now())
+        orders, known = self.log.orders, self.known
+        purges = [
+            Purge(each.number, each.at, Selection.of(each.what), each.node)
+            for each in orders
+            if each.action == "purge"
+        ]
+        text = "".join(write_order(each) + "\n" for each in orders).encode()
+
+        def write() -> None:
+            replace_file(self._run / FILE, text)
+            keep_purges(self._run, purges, known)
+
+        await to_its_end(write)
+        self._share()
+
+
+def _read(path: Path) -> list[Order]:
+    try:
+        lines = read_file(path, _MAX_BYTES).decode(errors="replace").splitlines()
+    except FileError:
+        return []
+    return [order for line in lines if (order := read_order(line)) is not None]
