@@ -78,6 +78,8 @@ def test_the_site_shows_what_was_promised():
         "Upstreams",
         "Errors and refusals",
         "Integrity failures, in the range",
+        "Members",
+        "Between members",
     }
 
 

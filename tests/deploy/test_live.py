@@ -16,8 +16,8 @@ MAX_SERIES = 500
 RANGE = {"$__range": "1h", "$__rate_interval": "30s"}
 MONIKERS = [f"{{{number:08X}-0000-4000-8000-000000000000}}" for number in range(STREAMS)]
 DELTA = f"xdelta{REVISION}_To_{NEXT_REVISION}.dax"
-EMPTY_WHERE_ALL_IS_WELL = {"Alerts", "Clients, of a week ago"}
-"""No alert, and no week behind a gup that was just started."""
+EMPTY_WHERE_ALL_IS_WELL = {"Alerts", "Clients, of a week ago", "Members"}
+"""No alert, no week behind a gup that was just started, and no cluster."""
 
 
 def load(gup):

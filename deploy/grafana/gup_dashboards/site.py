@@ -41,7 +41,7 @@ def _quantile(quantile: float, histogram: str, window: str, by: str = "") -> str
 def site() -> board.Dashboard:
     """Saved, served, fetched, and alerts."""
     made = dashboard("gup-site", "gup: Site", "One site's Group Update Provider.", every_site=False)
-    for section in (_savings, _traffic, _fills, _content, _health):
+    for section in (_savings, _traffic, _fills, _content, _health, _cluster):
         section(made)
     return made
 
@@ -275,5 +275,39 @@ def _health(made: board.Dashboard) -> None:
             ],
             worst="Weight",
             at_most=50,
+        )
+    )
+
+
+def _cluster(made: board.Dashboard) -> None:
+    received, sent = (f"rate(gup_peer_{way}_bytes_total{{{_SITE}}}[{_RATE}])" for way in ("received", "sent"))
+    wan = f"rate(gup_upstream_received_bytes_total{{{_SITE}}}[{_RATE}])"
+    clients = f"rate(gup_client_sent_bytes_total{{{_SITE}}}[{_RATE}])"
+    made.with_row(board.Row("Cluster"))
+    made.with_panel(
+        graph(
+            About("Members", "How many gups each one counts, itself among them; empty without [cluster]."),
+            Query(f"max by (instance) (gup_cluster_members{{{_SITE}}})", "{{instance}}"),
+            span=8,
+        )
+    )
+    made.with_panel(
+        graph(
+            About(
+                "Between members",
+                "Body bytes that members sent each other; they did not cross the WAN.",
+                "Bps",
+            ),
+            Query(f"sum by (instance) ({received})", "{{instance}} received"),
+            Query(f"sum by (instance) ({sent})", "{{instance}} sent"),
+            span=8,
+        )
+    )
+    made.with_panel(
+        graph(
+            About("Each gup's part", "What each sent to clients, and fetched over the WAN.", "Bps"),
+            Query(f"sum by (instance) ({clients})", "{{instance}} to clients"),
+            Query(f"sum by (instance) ({wan})", "{{instance}} from upstream"),
+            span=8,
         )
     )
