@@ -99,6 +99,7 @@ def installed(tmp_path):
     return change
 
 
+@pytest.mark.long
 def test_a_program_that_can_not_take_over_leaves_the_old_one_serving(serve, installed):
     """And one that can takes over from it, while no request fails."""
     service, upstream = started(serve, env=OWN | {"PYTHONPATH": str(installed.folder)})
