@@ -148,6 +148,7 @@ def _list(admin: "Admin", query: Filters, most: int, *, json_output: bool) -> in
 
 
 _DRY_RUN_ROWS = 20
+_TIMES = {"older_than", "unused_for"}
 
 
 @cache.command("purge")
@@ -199,8 +200,10 @@ def purge(
                 for name, why in (("pinned", "pinned"), ("busy", "being fetched or checked"))
                 if answer[name]
             )
-            done = "would be purged" if dry_run else "purged"
-            typer.echo(f"{answer['entries']} entries {done}, {freed}{left}{_without(answer)}")
+            done, are = ("would be purged", "would not be") if dry_run else ("purged", "are not")
+            # A filter by times selects only what is stored.
+            arriving = "" if filters.keys() & _TIMES else f"; matching fetches under way {are} stored"
+            typer.echo(f"{answer['entries']} entries {done}, {freed}{left}{arriving}{_without(answer)}")
     if answer["busy"]:
         raise typer.Exit(FAILED)
 
@@ -218,6 +221,8 @@ def _change_each(
     for key in keys:
         answer = admin.ask(method, f"content/{quote(key)}{below}")
         freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
+        if not below and not answer["freed_bytes"]:
+            freed += "; a fetch of it under way is not stored"
         words = f"{done} {key}{freed}{_without(answer)}"
         typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
 

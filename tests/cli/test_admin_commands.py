@@ -107,6 +107,8 @@ def control_plane(method, url):  # noqa: PLR0911 - a case for each request
             return 200, {"upgraded": not PROBLEMS, "problems": PROBLEMS, "pid": 7, "workers": [8, 9]}
         case "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip":
             return 200, {"key": "any/any/{AB}/1/full1.zip", "freed_bytes": 1_500_000}
+        case "DELETE", "/api/v1/content/any/any/{AB}/1/arriving.zip":
+            return 200, {"key": "any/any/{AB}/1/arriving.zip", "freed_bytes": 0, "unconfirmed": ["b", "c"]}
         case "PUT" | "DELETE", "/api/v1/content/any/any/{AB}/1/full1.zip/pin":
             return 200, {"key": "any/any/{AB}/1/full1.zip", "pinned": method == "PUT"}
     return 404, {"status": 404, "title": "Not Found", "detail": f"There is no {unquote(url.path)}"}
@@ -417,6 +419,17 @@ def test_purge_pin_and_unpin(plane):
     assert asked(plane) == [f"DELETE {target}", f"PUT {target}/pin", f"DELETE {target}/pin"]
 
 
+def test_a_purge_of_what_is_not_stored_here_says_what_it_holds_for(plane):
+    key = "any/any/{AB}/1/arriving.zip"
+    assert run("cache", "purge", key, "--admin", plane.url).stdout == (
+        f"purged {key}: 0 B; a fetch of it under way is not stored; not confirmed yet by b, c\n"
+    )
+    dry = run("cache", "purge", "--admin", plane.url, "--product", "Virus", "--dry-run")
+    assert dry.stdout.splitlines()[-1] == (
+        "7 entries would be purged, 1.5 MB, 2 left: pinned; matching fetches under way would not be stored"
+    )
+
+
 def test_a_list_that_finds_nothing_says_so(plane):
     result = run("cache", "list", "--admin", plane.url, "--product", "none")
     assert (result.exit_code, result.stdout) == (0, "")
@@ -436,7 +449,10 @@ def test_a_purge_of_what_flags_choose_tells_how_much_and_first_what(plane):
     assert purged == chosen | {"dry_run": ["1"], "pinned": ["0"]}
     plane.seen.clear()
     result = run("cache", "purge", "--admin", plane.url, "--kind", "full", "--pinned")
-    assert result.stdout == "7 entries purged, 1.5 MB, 2 left: pinned, 1 left: being fetched or checked\n"
+    assert result.stdout == (
+        "7 entries purged, 1.5 MB, 2 left: pinned, 1 left: being fetched or checked; "
+        "matching fetches under way are not stored\n"
+    )
     assert (result.exit_code, asked(plane)) == (1, ["DELETE /api/v1/content?kind=full&dry_run=0&pinned=1"])
 
 

@@ -1,15 +1,19 @@
-"""Nodes of one cluster in this process: each a cache with its own peer port, without an engine."""
+"""Nodes of one cluster: three real services; or in this process, each a cache with its own peer port, without
+an engine.
+"""
 
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
+from cluster.services import UNLIMITED, Site, running
 from harness.caches import Worker, working
 from harness.private import private_turns
+from harness.processes import until as wait_until
 from harness.upstreams import ScriptedUpstream
 
 from gup.cache.fair_shares import ClientCounts
@@ -38,6 +42,16 @@ def until() -> Callable:
         assert condition(), what
 
     return wait
+
+
+@pytest.fixture
+def site(tmp_path) -> Iterator[Site]:
+    """Three real services that know each other."""
+    with running(tmp_path) as started:
+        for name in ("a", "b", "c"):
+            started.start(name, settings=UNLIMITED)
+        wait_until(started.all_ask_all, "all ask all", 30)
+        yield started
 
 
 SIGNER = Signer("test", (b"a secret of the site",))

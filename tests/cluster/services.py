@@ -10,6 +10,8 @@ from harness.service import Gup
 from harness.upstreams import ScriptedUpstream
 
 PASSWORD = "the-engines-password"
+UNLIMITED = {"wan": {"rate": "0"}, "fill": {"range_wait": "100s"}}
+"""Settings of nodes that fetch as fast as they can, and wait for ranges rather than fetch them alone."""
 
 
 @contextmanager

@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster.services import PASSWORD, running
-from cluster.test_one_fetch import UNLIMITED
+from cluster.services import PASSWORD, UNLIMITED, running
 from harness.clients import fetch
 from harness.content import content_path, noise
 from harness.processes import until

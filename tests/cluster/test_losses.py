@@ -6,8 +6,8 @@ import shutil
 import signal
 
 import pytest
-from cluster.services import running
-from cluster.test_one_fetch import UNLIMITED, bodies, herd
+from cluster.services import UNLIMITED
+from cluster.test_one_fetch import bodies, herd
 from harness.clients import End, Swarm, body_digest, fetch
 from harness.content import content_path
 from harness.processes import until
@@ -22,15 +22,6 @@ FORMS = pytest.mark.parametrize(
     [(20, 1_000_000), pytest.param(20, 8_000_000, marks=pytest.mark.long)],
     ids=["small", "large"],
 )
-
-
-@pytest.fixture
-def site(tmp_path):
-    with running(tmp_path) as site:
-        for name in ("a", "b", "c"):
-            site.start(name, settings=UNLIMITED)
-        until(site.all_ask_all, "all ask all", 30)
-        yield site
 
 
 def order(path, names=("a", "b", "c")):

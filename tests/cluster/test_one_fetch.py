@@ -4,22 +4,11 @@ import random
 import time
 
 import pytest
-from cluster.services import running
+from cluster.services import UNLIMITED, running
 from harness.clients import End, Swarm, body_digest
 from harness.content import CONTENT_INFO, INDEX, content_path, noise
 from harness.processes import until
 from harness.upstreams import Answer, Gate
-
-UNLIMITED = {"wan": {"rate": "0"}, "fill": {"range_wait": "100s"}}
-
-
-@pytest.fixture
-def site(tmp_path):
-    with running(tmp_path) as site:
-        for name in ("a", "b", "c"):
-            site.start(name, settings=UNLIMITED)
-        until(site.all_ask_all, "all ask all", 30)
-        yield site
 
 
 def bodies(count, smallest, largest):
