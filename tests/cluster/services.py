@@ -1,13 +1,19 @@
 """Nodes of a cluster as real services with two workers each; with a real engine, and an upstream in here."""
 
 import json
+import random
 import urllib.request
 from contextlib import ExitStack, contextmanager
 
 from cluster.nodes import Valkey
+from harness.content import content_path
 from harness.processes import free_port
 from harness.service import Gup
 from harness.upstreams import ScriptedUpstream
+
+from gup.cluster.order import ranked
+from gup.content.key import Variant
+from gup.content.routes import Routes
 
 PASSWORD = "the-engines-password"
 UNLIMITED = {"wan": {"rate": "0"}, "fill": {"range_wait": "100s"}}
@@ -70,3 +76,19 @@ class Site:
     def all_ask_all(self):
         names = set(self.nodes)
         return all(self.asked_by(name) == names - {name} for name in names)
+
+
+def order(path, names=("a", "b", "c")):
+    """The nodes as the key of `path` ranks them."""
+    return ranked(Routes().route(path).key(Variant()).text, names)
+
+
+def owned_by(name, count, size, *, names=("a", "b", "c")):
+    """So many bodies by path that this node fetches."""
+    found, number = {}, 0
+    while len(found) < count:
+        path = content_path("full.dax", f"{{535CB6A4-441F-4E8A-A897-804C{number:08d}}}")
+        number += 1
+        if order(path, names)[0] == name:
+            found[path] = random.Random(path).randbytes(size)
+    return found

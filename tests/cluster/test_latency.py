@@ -6,13 +6,10 @@ import statistics
 import time
 
 import pytest
-from cluster.services import running
-from cluster.test_losses import owned_by
-from harness.processes import until
+from cluster.services import owned_by
 from harness.upstreams import Answer
 
 FILES, SIZE_BYTES = 200, 300_000
-UNLIMITED = {"wan": {"rate": "0"}}
 
 
 def first_bytes_at(addresses, path):
@@ -38,21 +35,17 @@ def first_bytes_at(addresses, path):
 
 @pytest.mark.long
 @pytest.mark.alone
-def test_first_bytes_through_a_member_come_soon_after_the_owner_s(tmp_path):
-    with running(tmp_path) as site:
-        for name in ("a", "b", "c"):
-            site.start(name, settings=UNLIMITED)
-        until(site.all_ask_all, "all ask all", 30)
-        files = owned_by("b", FILES, SIZE_BYTES)
-        for path, body in files.items():
-            site.upstream.answer(path, Answer(body, piece_seconds=0.005))
-        behind = []
-        for path in files:
-            own, *others = first_bytes_at([site.nodes[name].data for name in ("b", "a", "c")], path)
-            behind += [1000 * (other - own) for other in others]
-        behind.sort()
-        median, p99 = statistics.median(behind), behind[len(behind) * 99 // 100]
-        print(f"behind the owner: median {median:.1f} ms, p99 {p99:.1f} ms, most {behind[-1]:.1f} ms")  # noqa: T201 - the figure
-        assert median <= 20
-        assert p99 <= 40
-        assert {path: len(site.upstream.requests(path)) for path in files} == dict.fromkeys(files, 1)
+def test_first_bytes_through_a_member_come_soon_after_the_owner_s(site):
+    files = owned_by("b", FILES, SIZE_BYTES)
+    for path, body in files.items():
+        site.upstream.answer(path, Answer(body, piece_seconds=0.005))
+    behind = []
+    for path in files:
+        own, *others = first_bytes_at([site.nodes[name].data for name in ("b", "a", "c")], path)
+        behind += [1000 * (other - own) for other in others]
+    behind.sort()
+    median, p99 = statistics.median(behind), behind[len(behind) * 99 // 100]
+    print(f"behind the owner: median {median:.1f} ms, p99 {p99:.1f} ms, most {behind[-1]:.1f} ms")  # noqa: T201 - the figure
+    assert median <= 20
+    assert p99 <= 40
+    assert {path: len(site.upstream.requests(path)) for path in files} == dict.fromkeys(files, 1)

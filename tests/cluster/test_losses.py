@@ -1,43 +1,21 @@
 """Three real services, of which one joins, is killed, or loses its disk while clients download."""
 
 import os
-import random
 import shutil
 import signal
 
 import pytest
-from cluster.services import UNLIMITED
+from cluster.services import UNLIMITED, order, owned_by
 from cluster.test_one_fetch import bodies, herd
 from harness.clients import End, Swarm, body_digest, fetch
-from harness.content import content_path
 from harness.processes import until
 from harness.upstreams import Answer, Gate
-
-from gup.cluster.order import ranked
-from gup.content.key import Variant
-from gup.content.routes import Routes
 
 FORMS = pytest.mark.parametrize(
     ("files", "size"),
     [(20, 1_000_000), pytest.param(20, 8_000_000, marks=pytest.mark.long)],
     ids=["small", "large"],
 )
-
-
-def order(path, names=("a", "b", "c")):
-    """The nodes as the key of `path` ranks them."""
-    return ranked(Routes().route(path).key(Variant()).text, names)
-
-
-def owned_by(name, count, size, *, names=("a", "b", "c")):
-    """So many bodies by path that this node fetches."""
-    found, number = {}, 0
-    while len(found) < count:
-        path = content_path("full.dax", f"{{535CB6A4-441F-4E8A-A897-804C{number:08d}}}")
-        number += 1
-        if order(path, names)[0] == name:
-            found[path] = random.Random(path).randbytes(size)
-    return found
 
 
 @pytest.mark.long
