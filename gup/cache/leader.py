@@ -45,8 +45,10 @@ from gup.upstream.session import Ask
 log = logging.getLogger("gup.fill")
 
 _SMALL_BYTES = CHUNK_BYTES
-_SMALL_SECONDS = 0.05
-"""A body that is complete within these limits is written in one step. A larger or slower one opens a part."""
+_SMALL_SECONDS, _SMALL_SECONDS_FROM_MEMBER = 0.05, 0.01
+"""A body that is complete within these limits is written in one step. A larger or slower one opens a part.
+A member that is slower waits for the WAN, and has waited for its own limit already.
+"""
 _LOOK_SECONDS = 0.02
 """A background fill checks this often for other fills, and for its own waiters."""
 _MOST_CHANGES = 2
@@ -529,8 +531,9 @@ class Leader:
 
     async def _receive_small(self) -> bool:
         writer, download = self._part, self._source
+        seconds = _SMALL_SECONDS if download.is_on_wan else _SMALL_SECONDS_FROM_MEMBER
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_SMALL_SECONDS):
+            async with asyncio.timeout(seconds):
                 await download.gather(_SMALL_BYTES)
                 while writer.received <= _SMALL_BYTES:
                     piece = await download.read()
