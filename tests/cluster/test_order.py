@@ -228,14 +228,14 @@ async def _play(site, requests, deaths):
     await asyncio.gather(*(request(*one) for one in requests), *(death(*one) for one in deaths))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(sites(), _requests, _deaths)
 def test_every_request_ends_whatever_the_lists_deaths_and_break_offs(site, requests, deaths):
     run(lambda: _play(site, requests, deaths))
     event(f"WAN fetches a key: {max(site.fetches.values(), default=0)}")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.integers(2, 6), _requests, st.integers(1, 2))
 def test_with_equal_lists_each_key_is_fetched_once(size, requests, slots):
     names = NAMES[:size]

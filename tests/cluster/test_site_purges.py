@@ -80,6 +80,7 @@ def test_a_node_that_was_off_serves_nothing_that_was_purged_meanwhile(site, told
     two.serves(FILE, NEW)
 
 
+@pytest.mark.long
 def test_what_the_engine_has_lost_is_put_back(site):
     """It is emptied; or a primary had acknowledged an order, and its successor does not have it."""
     one = site.start("a")
@@ -97,6 +98,7 @@ def test_what_the_engine_has_lost_is_put_back(site):
         until(lambda: client.xlen("gup:{lyon}:orders"), "it was put back", 30)
 
 
+@pytest.mark.long
 def test_with_neither_engine_nor_member_it_serves_and_says_so(site):
     site.start("a"), site.start("b")
     all_hold_the_old_body(site)
