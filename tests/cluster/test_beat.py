@@ -173,7 +173,7 @@ _events = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(_events, st.sampled_from([0, -3_600_000]))
 def test_the_sum_in_use_is_never_above_the_rate(engine, events, jump_ms):
     """Answers get lost or late, nodes restart, and the engine's clock is set back in the middle."""

@@ -123,7 +123,7 @@ def move(what, node, other, chance, now):
         node.log, node.bodies = OrderLog(node.name), []
 
 
-@settings(max_examples=300)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(

@@ -224,6 +224,7 @@ gup_upstream_received_bytes_total{upstream="a",purpose="index"} 3
 COMMAND = ["-m", "gup_load", "--clients", 2, "--full-size", "50kB", "--max-first-byte", "20s", "--scenario"]
 
 
+@pytest.mark.long
 def test_the_command_starts_and_ends_everything(tmp_path):
     with start(*COMMAND, "Roaming", folder=tmp_path) as process:
         said = process.stderr.read()

@@ -81,6 +81,7 @@ def test_whichever_descriptor_a_fill_lacks_the_answer_is_honest_and_nothing_stay
     assert answers == {200, 503}
 
 
+@pytest.mark.long
 def test_a_clock_that_jumps_removes_nothing_and_holds_up_nothing(serve, tmp_path):
     """A year ahead, back, two ahead over a restart, a year back: all is served, stored and revalidated."""
     clock, body = WallClock(tmp_path / "clock"), zip_of("clock", LENGTH)

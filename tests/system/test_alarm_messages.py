@@ -85,6 +85,7 @@ def test_an_alarm_is_told_once_when_it_begins_and_once_when_it_ends(serve, recei
     assert len(receiver.got()) == 2
 
 
+@pytest.mark.long
 def test_what_waits_survives_the_controller_and_the_service_and_comes_in_order(serve, tmp_path):
     receiver = AlarmReceiver(tmp_path / "receiver", SECRET)
     gup, _ = serve({DELTA: b"delta"}, **to(receiver))

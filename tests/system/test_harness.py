@@ -74,6 +74,7 @@ def ready(gup):
     return sum(row["ready"] for row in gup.status()["workers"])
 
 
+@pytest.mark.long
 def test_a_service_off_the_template_is_one_that_an_interpreter_was_started_for(tmp_path, monkeypatch):
     seen, messages = [], []
     for starts in ("template", "python"):

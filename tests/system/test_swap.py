@@ -179,6 +179,7 @@ def test_what_comes_in_the_middle_of_an_upgrade(serve, second):
     assert "Traceback" not in service.log
 
 
+@pytest.mark.long
 def test_reloads_that_come_before_the_first_process_is_ready(serve):
     """While the program is loaded, while it waits for the cache directory, while its workers start."""
     service, _ = serve(BODIES, workers={"count": 2}, env=OWN, start=False)
@@ -245,6 +246,7 @@ def test_a_new_process_that_is_killed_while_the_earlier_ones_serve_is_started_ag
     assert service.stop() == 0
 
 
+@pytest.mark.long
 def test_a_herd_over_an_upgrade_fetches_the_file_once(serve):
     """Half of the body is here when others take over; clients of both kinds of workers want it."""
     gate = Gate()

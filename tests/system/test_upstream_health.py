@@ -4,6 +4,7 @@ import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from harness.clients import Response, assert_problem, fetch
 from harness.content import BIG, DELTA, content_path, noise, zip_of
 from harness.processes import free_port, quiet_clock, until
@@ -134,6 +135,7 @@ def test_another_upstream_is_asked_meanwhile_or_in_place_of_a_wrong_body(serve):
     assert sum(seen.body_bytes for seen in one.requests(BIG)[1:]) <= 300_000
 
 
+@pytest.mark.long
 def test_a_zip_without_its_end_is_fetched_once_and_then_waited_for(serve):
     """By all workers, and over a restart."""
     bad, good = Answer(noise("no zip", 10_000_000), etag='"bad"'), zip_of("right", 300_000)
