@@ -53,7 +53,7 @@ class HAProxy:
         end(self._process, self._mark)
 
     def up(self) -> int:
-        """How many gups answer their checks. They are taken to be up before the first."""
+        """How many gups are in use. They are UP before the first check too, and DOWN at a first good one."""
         try:
             with socket.socket(socket.AF_UNIX) as sock:
                 sock.connect(str(self._socket))
@@ -61,4 +61,4 @@ class HAProxy:
                 text = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
         except OSError:
             return 0
-        return len(re.findall(r"^gups,gup\d.*,L7OK,", text, re.MULTILINE))
+        return len(re.findall(r"^gups,gup\d.*,UP,.*,L7OK,", text, re.MULTILINE))
