@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
+# Compiled modules are kept, whatever the caller's habit: the tests start gup some thousand times.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test fault long soak fuzz load simulation pictures bench dashboards lint types imports check lock audit deb coverage clean
 .DELETE_ON_ERROR:
 
