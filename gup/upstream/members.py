@@ -271,6 +271,9 @@ class Members:
         del upstream, ask, stream
         self._counters.add("gup_peer_received_bytes_total", amount)
 
+    def count_wasted(self, reason: str, stream: tuple[int, str], amount: int) -> None:
+        """Nothing: it is no waste of the WAN."""
+
     def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
         """Nothing: the controller finds out itself who is away."""
 

@@ -332,7 +332,7 @@ class Entry(Response):
     hits: int
     pinned: bool
     sent_bytes: int
-    received_bytes: int
+    received_bytes: int = Field(description="Over the WAN, not from other members of the cluster.")
 
 
 class Entries(Response):
