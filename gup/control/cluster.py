@@ -71,6 +71,8 @@ class ClusterDependencies:
     """Bytes of the WAN since the start, by class."""
     waiting: Callable[[], frozenset[int]]
     """Classes that wait for the WAN now."""
+    received_rate: Callable[[], int]
+    """What is read from the WAN, bytes/s."""
     totals: Callable[[], Mapping[str, int]]
     publish: Callable[[Members], Awaitable[None]]
     """Writes the list and tells the workers; OSError."""
@@ -215,6 +217,7 @@ class ClusterControl:
             apart=now_ns >= self._granted_until_ns and self._ever_answered,
             leaving=self._leaving,
             share=self.share if now_ns < self._granted_until_ns else 0,
+            received_rate=deps.received_rate(),
             totals=deps.totals(),
         )
 
@@ -298,7 +301,7 @@ class ClusterControl:
         time_ms = now_ms + offset if offset else int(time.time() * 1000)
         answer = await self._prober.probe(name, address, deps.signer(), time_ms, PROBE_SECONDS)
         if isinstance(answer, Alive):
-            self.membership.answered(name, self._clock(), ready=answer.ready)
+            self.membership.answered(name, self._clock(), ready=answer.ready, known=answer.known)
             if self.book is not None and not covers(self.book.known, answer.known):
                 self.hear_of_orders(name)
             if not deps.time_offset() and answer.time_ms:  # without the engine, a member knows its time
@@ -472,9 +475,18 @@ class ClusterControl:
             )
             yield "row-forged", "", text
 
-    def rows(self) -> dict[str, Row | None]:
-        """Every member's last row, this one's too."""
-        return {**self.membership.rows(), self.node: self._own}
+    @property
+    def own(self) -> Row | None:
+        """The row that this node has told last; None before the first."""
+        return self._own
+
+    def age_seconds(self, at: float) -> float:
+        """Of what the list of members dates."""
+        return max(0.0, self._clock() - at)
+
+    def unconfirmed(self, known: str) -> int:
+        """How many orders a member does not know that this node knows."""
+        return self.book.unknown_to(known) if self.book is not None else 0
 
     @property
     def engine_error(self) -> str | None:
