@@ -24,6 +24,7 @@ from gup.cluster.orders import covers, read_order, write_order
 from gup.cluster.share import GRANT_NS, Classes, Demand, floor, granted
 from gup.cluster.signing import Signer
 from gup.config import Cluster, Upstream
+from gup.metrics import MAX_MEMBERS
 from gup.upstream.probe import Alive, Answered, Failed, Prober
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class ClusterControl:
             known.others,
             known.most if known.node == self.node else 0,
         )
+        self.slots = known.slots
         self._demand, self._wanted = Demand(), (0, 0, 0)
         self._start, self._grant, self.share = 0, 0, 0
         self._granted_until_ns = 0
@@ -408,9 +410,10 @@ class ClusterControl:
 
     def members(self) -> Members:
         """The list as it is for the workers."""
-        if self.is_alone:
-            return Members(self.node, most=self.membership.most(self._clock()))
-        return Members(self.node, self.membership.members(), most=self.membership.most(self._clock()))
+        others = () if self.is_alone else self.membership.members()
+        new = [member.name for member in others if member.name not in self.slots]
+        self.slots = (*self.slots, *new)[:MAX_MEMBERS]
+        return Members(self.node, others, most=self.membership.most(self._clock()), slots=self.slots)
 
     def _look(self) -> None:
         """Publish the list when it has changed, and keep a node alone to its floor of the rate."""

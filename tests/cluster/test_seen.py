@@ -54,6 +54,8 @@ def test_each_gup_shows_the_site_as_one_and_every_gup_of_it(site):
         rows = [line.split() for line in said.splitlines() if line.startswith(("a ", "b ", "c "))]
         assert [row[:2] for row in rows] == [[name, "ready"] for name in "abc"]
         check_its_own_savings(gup, *moved[name][:2])
+    for one, way, other in (("a", "sent", "b"), ("b", "received", "a")):
+        assert site.nodes[one].metrics()(f"gup_peer_{way}_bytes_total", member=other) == total
     check_the_loss_of_one(site, sums)
 
 
