@@ -113,7 +113,8 @@ def fragments(cluster):
 
 
 def test_the_site_part_tells_each_gup_and_escapes_what_others_say():
-    never = {"told_seconds": None, "share_bytes_per_second": None, "unconfirmed_orders": None, "totals": {}}
+    rates = dict.fromkeys(("share_bytes_per_second", "wan_bytes_per_second"))
+    never = {"told_seconds": None, "unconfirmed_orders": None, "totals": {}, **rates}
     cluster = Cluster(
         site=ATTACK,
         node="a",
@@ -142,8 +143,13 @@ def test_the_site_part_tells_each_gup_and_escapes_what_others_say():
     assert [word for word in ("not reached", "2 unconfirmed") if word not in b] == []
     assert "differs its upstreams differ figures of 12 s ago" in c
     assert c.endswith("confirmed")
-    assert ("unknown" in d, "no share" in d, "gone 1 min ago" in e, "stopped 5 s ago" in f) == (True,) * 4
-    assert 'id="saved-site"' in html
+    assert d == "d http://d:2969 unknown - 0 B 0 B 0 B 0 B -".replace("-", "\N{EN DASH}")
+    assert (
+        "2 unconfirmed" in b,
+        'id="saved-site"' in html,
+        "gone 1 min ago" in e,
+        "stopped 5 s ago" in f,
+    ) == (True,) * 4
     assert '<p class="big"><data value="12000">' in html
 
 

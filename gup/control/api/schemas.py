@@ -244,8 +244,10 @@ class ClusterMember(Response):
     )
     detail: str = Field(description='Why it is not ready; "" when it is.')
     told_seconds: float | None = Field(description="Since it told its figures; null when it never has.")
-    share_bytes_per_second: int | None = Field(description="Of the WAN's rate; None while it has no grant.")
-    wan_bytes_per_second: int = Field(description="What it reads from the WAN.")
+    share_bytes_per_second: int | None = Field(description="Of the WAN's rate; null while it has no grant.")
+    wan_bytes_per_second: int | None = Field(
+        description="What it reads from the WAN; null when it has told nothing for three seconds."
+    )
     unconfirmed_orders: int | None = Field(
         description="Purges and pins that this node knows and it does not; null while that is unknown."
     )

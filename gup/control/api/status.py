@@ -24,6 +24,8 @@ from gup.control.state import ControlState, began_at, numbers
 from gup.control.stats.history import added_up, shown, sums_of
 
 _Section = TypeVar("_Section", bound=BaseModel)
+_OLD_SECONDS = 3.0
+"""What a member has told of its rates holds for so long."""
 _LATEST = 5
 """Clients that the status names."""
 
@@ -127,7 +129,10 @@ async def cluster(state: ControlState) -> schemas.Cluster:
     for peer in control.membership.peers() if not control.is_alone else ():
         member = _member(peer.row, peer.name, peer.address, askable=peer.name in asked)
         member.state, member.detail = peer.state
-        member.told_seconds = control.age_seconds(peer.seen_at) if peer.row is not None else None
+        if peer.row is not None:
+            member.told_seconds = control.age_seconds(peer.seen_at)
+        if member.told_seconds is None or member.told_seconds >= _OLD_SECONDS:
+            member.share_bytes_per_second = member.wan_bytes_per_second = None
         member.unconfirmed_orders = control.unconfirmed(peer.known) if peer.known is not None else None
         members.append(member)
     gone = [
