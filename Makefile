@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SEED ?= 1
 
+# Compiled modules are kept, whatever the caller's habit: the tests start gup some thousand times.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test fault long soak fuzz load simulation pictures bench dashboards lint types imports check lock audit deb coverage clean
 .DELETE_ON_ERROR:
 
@@ -35,14 +38,12 @@ imports: $(VENV)/.installed
 check: lint types imports
 
 # A CI measures the coverage of the same run, and fails below the bars of tests/harness/coverage_bars.py. It costs
-# time, so `make test` elsewhere does without. Not measured: tests of time, and services that a test kills.
-# These run first, in one process: pytest compiles the tests then, once for those that follow.
+# time, so `make test` elsewhere does without. Not measured: services that a test kills.
+# pytest compiles the tests beside mypy: once, and not once for each of the processes that run them.
 COVERED ?= $(filter true,$(CI))
-test: export GUP_TEST_NOT_RUN = $(CURDIR)/$(VENV)/.not-run
-test: check
-	rm -f "$$GUP_TEST_NOT_RUN"
+test: lint imports
+	$(BIN)/python -m pytest --collect-only > /dev/null & $(BIN)/mypy; status=$$?; wait; exit $$status
 	$(if $(COVERED),rm -rf build/coverage && mkdir -p build/coverage)
-	$(BIN)/python -m pytest -m "alone and not long"
 	$(BIN)/$(if $(COVERED),coverage run,python) -m pytest --numprocesses 6 --dist worksteal -m "not alone and not long"
 	$(if $(COVERED),$(BIN)/python tests/harness/coverage_bars.py)
 
@@ -54,10 +55,10 @@ fault: $(VENV)/.installed
 	GUP_TEST_SEED=$(SEED) $(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m "not alone" tests/fault
 	GUP_TEST_SEED=$(SEED) $(BIN)/python -m pytest -m alone tests/fault
 
-# The longer forms of what `make test` runs, faults aside.
+# What measures time, and the longer forms of what `make test` runs; faults aside.
 long: $(VENV)/.installed
 	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal --ignore tests/fault -m "long and not alone"
-	$(BIN)/python -m pytest --ignore tests/fault -m "long and alone"
+	$(BIN)/python -m pytest --ignore tests/fault -m alone
 
 # Everything at once against a model of what is right.
 MINUTES ?= 30

@@ -4,7 +4,6 @@ Where one is missing, the test is skipped, and the run ends with how many tests 
 such a test fails. `tests/conftest.py` hands the hooks to pytest.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -133,20 +132,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """How many tests were not run for want of what, and what would bring it.
-
-    GUP_TEST_NOT_RUN names a file by which several runs come to one table: each adds to those before it.
-    """
+    """How many tests were not run for want of what, and what would bring it."""
     if hasattr(terminalreporter.config, "workerinput"):
         return  # a process of pytest-xdist: its parent has all reports
     reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])]
     begin = f"Skipped: {_REASON}"
     missing = [reason.removeprefix(begin).split() for reason in reasons if reason.startswith(begin)]
     tests = Counter(need for needs in missing for need in needs)
-    if together := os.environ.get("GUP_TEST_NOT_RUN"):
-        file = Path(together)
-        tests.update(json.loads(file.read_text()) if file.exists() else {})
-        file.write_text(json.dumps(tests))
     for need, count in sorted(tests.items()):
         who = "1 test, needs" if count == 1 else f"{count} tests, need"
         terminalreporter.write_line(f"not run here: {who} {need} ({NEEDS[need].remedy})")

@@ -128,6 +128,7 @@ def test_without_a_token_nothing_starts_beyond_loopback(tmp_path):
     assert (done.returncode, done.stdout, told, (tmp_path / "cache").exists()) == (2, "", True, False)
 
 
+@pytest.mark.long
 def test_half_heads_on_the_admin_port_end_and_leave_room_for_others(serve):
     gup, _ = serve(workers=1, listen={"header_timeout": "2s"})
     with contextlib.ExitStack() as stack:
