@@ -153,7 +153,7 @@ async def cluster(state: ControlState) -> schemas.Cluster:
         wan_rate_bytes_per_second=rate,
         members=sorted(members, key=lambda member: member.name),
         gone=gone,
-        sums=_site_traffic([one.totals for one in (*members, *gone)]),
+        sums=_site_traffic([*(one.totals for one in members), *(one.totals for one in gone)]),
     )
 
 
