@@ -197,12 +197,17 @@ def test_refusals_are_cheap(serve):
     count = 2000
     gup, _ = serve({DELTA: BODY}, workers=1, clients={"allow": ["127.0.0.2/32"]})
     worker = psutil.Process(gup.workers()[0])
-    before = sum(worker.cpu_times()[:2])
+
+    def waiting():
+        """Peers of connections that the kernel keeps. Whoever had the port before gup may have left some."""
+        of_port = (c for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == gup.data[1])
+        return {c.raddr for c in of_port if c.status == psutil.CONN_TIME_WAIT}
+
+    others, before = waiting(), sum(worker.cpu_times()[:2])
     for _ in range(count):
         with contextlib.suppress(ConnectionResetError):
             connect(gup).close()
     gup.wait_metric(count, "gup_connections_refused_total", reason="network")
     assert (sum(worker.cpu_times()[:2]) - before) / count < 300e-6
-    states = [c.status for c in psutil.net_connections("tcp") if c.laddr and c.laddr.port == gup.data[1]]
-    assert "TIME_WAIT" not in states
+    assert waiting() <= others
     assert not refused(gup, "127.0.0.2")
