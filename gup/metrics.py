@@ -30,6 +30,8 @@ WASTED = ("overlap", "mismatch", "aborted", "rejected")
 RESUME_REASONS = ("cut", "timeout", "failover", "takeover")
 MAX_STREAMS = 50
 """Streams (variant and moniker) counted separately; the rest share the last slot."""
+MAX_MEMBERS = 16
+"""Members of a cluster counted separately; the rest share the last slot."""
 MAX_SHOWN = 24
 """Products and languages with series of their own in an exposition; the rest are summed.
 
@@ -89,6 +91,7 @@ _CLOSED = ("reason", ("network", "limit", "address", "proxy"))
 _LIMITED = ("of", ("connections", "connections_per_address", "downloads", "fills", "queue"))
 _PRODUCT: Label = ("product", ())
 _LANGUAGE: Label = ("language", ())
+_MEMBER: Label = ("member", ())
 _NEWEST = (_PRODUCT, _LANGUAGE, ("where", ("held", "requested")))
 _STREAM = (_PRODUCT, _LANGUAGE, ("kind", KINDS))
 _TTFB_HELP = "From a request's head to the first byte of content, hot hits left out."
@@ -104,8 +107,10 @@ METRICS: tuple[Metric, ...] = (
     _counter("gup_upstream_received_bytes_total", "Body bytes from upstream.", _PURPOSE, upstream=True),
     _counter("gup_upstream_requests_total", "Requests sent upstream.", ("outcome", _OUTCOMES), upstream=True),
     _counter("gup_upstream_wasted_bytes_total", "Bytes received and not used.", ("reason", WASTED)),
-    _counter("gup_peer_received_bytes_total", "Body bytes from other members of the cluster."),
-    _counter("gup_peer_sent_bytes_total", "Body bytes to other members of the cluster."),
+    _counter(
+        "gup_peer_received_bytes_total", "Body bytes from a member of the cluster.", _MEMBER, stored=False
+    ),
+    _counter("gup_peer_sent_bytes_total", "Body bytes to a member of the cluster.", _MEMBER, stored=False),
     _counter("gup_fills_total", "Fills ended.", _ENDS),
     _counter("gup_fill_resumes_total", "Fills resumed.", ("reason", RESUME_REASONS)),
     Metric("gup_fill_duration_seconds", "histogram", "From claim to commit.", buckets=FILL_BUCKETS),
@@ -181,6 +186,11 @@ def stream_series(direction: Direction, slot: int, kind: str) -> str:
     return series(f"gup_stream_{direction}_bytes_total", {"slot": str(slot), "kind": kind})
 
 
+def peer_series(way: Literal["sent", "received"], slot: int) -> str:
+    """The series of member number `slot` (0…MAX_MEMBERS, the last one for all others)."""
+    return series(f"gup_peer_{way}_bytes_total", {"slot": str(slot)})
+
+
 def layout(upstreams: Sequence[str]) -> list[str]:
     """Series in the order of their words. A histogram's are its buckets (`le`), then its `_sum` (ns)."""
     words: list[str] = []
@@ -194,6 +204,8 @@ def layout(upstreams: Sequence[str]) -> list[str]:
             words.append(series(metric.name + "_sum", labels))
     for slot, kind, direction in product(range(MAX_STREAMS + 1), KINDS, get_args(Direction)):
         words.append(stream_series(direction, slot, kind))
+    words += [peer_series("sent", slot) for slot in range(MAX_MEMBERS + 1)]
+    words += [peer_series("received", slot) for slot in range(MAX_MEMBERS + 1)]
     return words
 
 

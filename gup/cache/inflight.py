@@ -265,7 +265,7 @@ def is_shared(problem: Problem, passed: tuple[str, ...], *, asks_gups: bool) -> 
 
 def committed(record: Record, *, replaced: bool, path: str = "", **fetched: float) -> dict[str, object]:
     """The event that tells the controller of a new body; with the `path` that a client's fill asked for, and
-    the `seconds` and `resumes` of a fill that this process has led.
+    the `seconds`, the `resumes` and the bytes `received` over the WAN of a fill that this process has led.
     """
     own = {"key": record.key.text, "length": record.length, "kind": str(record.kind)}
     told = {"replaced": replaced, "path": path, "upstream": record.upstream} | fetched

@@ -85,7 +85,7 @@ class Leader:
         self._memory: MemoryFile | None = None
         """The writer's file since the disk refused."""
         self._download: Download | None = None
-        self._resumes = 0  # of the downloads before
+        self._resumes, self._from_members = 0, 0  # of the downloads before
         self._bytes_changed = False
         """Upstream has other bytes than were known: their ETag must differ, too."""
         self._came_at: float | None = None
@@ -287,9 +287,15 @@ class Leader:
     def _leave_upstream(self) -> None:
         if self._download is not None:
             self._resumes += self._download.resumes
+            self._from_members += self._download.from_members
             self._download.close()
             self._download = None
             self._fill.from_wan = nowhere  # no cycle, which would hold the files
+
+    def _on_wan(self, amount: int) -> int:
+        """How many of so many bytes of the body crossed the WAN."""
+        now = self._download.from_members if self._download is not None else 0
+        return max(0, amount - self._from_members - now)
 
     def _purpose(self) -> str:
         """The label that its bytes are counted under; a background fill keeps its own when it is promoted."""
@@ -622,7 +628,7 @@ class Leader:
         start = max(0, received - ZIP_TAIL_BYTES)
         if zip_end_is_right(await self._reread(start, received - start)):
             return
-        self._deps.counters.waste("rejected", self._stream(), received)
+        self._deps.counters.waste("rejected", self._stream(), self._on_wan(received))
         detail = f"{file} does not end like a ZIP file, so it is incomplete or not one"
         failure = UpstreamFailure("rejected", "upstream-bad-body", detail, again=False)
         self._holds.note(self._source_head.upstream, failure, self._source_head)
@@ -697,7 +703,8 @@ class Leader:
         deps.counters.observe("gup_fill_duration_seconds", deps.clock() - self._began_at)
         path, seconds = "" if self._fill.background else state.path, deps.clock() - self._began_at
         resumes = self._resumes + (self._download.resumes if self._download is not None else 0)
-        deps.tell(committed(record, replaced=replaced, path=path, resumes=resumes, seconds=round(seconds, 3)))
+        told = {"resumes": resumes, "seconds": round(seconds, 3), "received": self._on_wan(record.length)}
+        deps.tell(committed(record, replaced=replaced, path=path, **told))
         self._log_end("stored", bytes=record.length, upstream=head.upstream)
         self._fill.finish(FillEnd.COMMITTED)
 

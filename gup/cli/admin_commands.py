@@ -1,7 +1,7 @@
 """`gup status`, `why`, `reload`, `upgrade`, `prefetch`, `alarms`: asked of a running service."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlencode
@@ -55,6 +55,8 @@ def status(*, where: Where, json_output: JsonFlag = False) -> None:
             return
         for line in status_lines(answer):
             typer.echo(line)
+        if answer["cluster"] is not None:
+            show_table(_MEMBERS, (*answer["cluster"]["members"], *answer["cluster"]["gone"]))
         show_table(_UPSTREAMS, answer["upstreams"])
         show_table(_FILLS, answer["fills"])
         failures = answer["failures"]
@@ -82,6 +84,7 @@ def status_lines(status: Row) -> Iterator[str]:
     yield f"WAN: {format_rate(rate) if rate else 'unlimited'}"
     if (cluster := status["cluster"]) is not None:
         yield printable(cluster_line(cluster))
+        yield site_line(cluster["sums"])
     recent, clients = status["totals"]["since_start"], status["clients"]
     by_result = ", ".join(f"{count} {result}" for result, count in recent["requests"].items() if count)
     yield f"requests since start: {recent['requests_total']}" + (f" ({by_result})" if by_result else "")
@@ -115,6 +118,51 @@ def cluster_line(cluster: Row) -> str:
         words += f"; the site's WAN rate is {format_rate(rate)}, {part} here"
     error = cluster["engine_error"]
     return words + (f"; the engine does NOT answer ({error})" if error else "")
+
+
+def site_line(sums: Row) -> str:
+    """`all gups: 3.0 MB to clients, ...`; what one sent another is neither WAN bytes nor saved."""
+    sent, saved = sums["sent_bytes"], sums["saved_bytes"]
+    got, between = (bytes_in_words(sums[f"{name}_bytes"]) for name in ("received", "between_members"))
+    flow = f"{bytes_in_words(sent)} to clients, {got} over the WAN, {bytes_in_words(saved)} saved"
+    return f"all gups: {flow}{f' ({saved / sent:.1%})' if sent else ''}, {between} from one to another"
+
+
+def _member_state(member: Row) -> str:
+    if "left" in member:
+        word = "stopped" if member["left"] else "GONE"
+        return f"{word} {time_in_words(member['gone_seconds'])} ago"
+    state, age = member["state"], member["told_seconds"] or 0
+    word = state if state == "ready" else f"{state.upper()}: {member['detail']}"
+    return word + (f", figures of {time_in_words(age)} ago" if age >= _OLD_SECONDS else "")
+
+
+def _orders(member: Row) -> str:
+    count = member.get("unconfirmed_orders")
+    return "-" if count is None else f"{count} unconfirmed" if count else "confirmed"
+
+
+def _moved(way: str) -> Callable[[Row], str]:
+    return lambda member: bytes_in_words(member["totals"].get(f"gup_{way}_bytes_total", 0))
+
+
+def _share(member: Row) -> str:
+    share = member.get("share_bytes_per_second")
+    return "-" if share is None else format_rate(share)
+
+
+_OLD_SECONDS = 3.0
+_MEMBERS: Columns = {
+    "member": "name",
+    "state": _member_state,
+    "#WAN share": _share,
+    "#to clients": _moved("client_sent"),
+    "#over the WAN": _moved("upstream_received"),
+    "#from members": _moved("peer_received"),
+    "#to members": _moved("peer_sent"),
+    "orders": _orders,
+    "address": "address",
+}
 
 
 def _state(upstream: Row) -> str:

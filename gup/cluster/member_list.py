@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from gup.files import replace_file
+from gup.metrics import MAX_MEMBERS
 
 FILE = "members"
 
@@ -32,6 +33,11 @@ class Members:
     """The number of the latest order that this node knows."""
     most: int = 1
     """The most members of the last ten minutes, this one among them."""
+    slots: tuple[str, ...] = ()
+    """Whoever has been a member: each is counted at its place in here, so places never change."""
+
+    def slot(self, name: str) -> int:
+        return self.slots.index(name) if name in self.slots else MAX_MEMBERS
 
     @property
     def askable(self) -> dict[str, str]:

@@ -7,6 +7,7 @@ without the engine the list holds as long as its members answer.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -20,6 +21,10 @@ _FAILURES = 2
 """Probes in a row without an answer, until a member is no longer asked."""
 MOST_SECONDS = 600.0
 _MINUTE = 60.0
+GONE_SECONDS = 86400.0
+"""For so long it is told who was a member."""
+_MOST_GONE = 16
+State = Literal["ready", "not-ready", "unreachable", "unlike", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,8 @@ class Row:
     leaving: bool = False
     share: int = 0
     """Of the WAN's rate, in bytes/s, as it had it before this beat."""
+    received_rate: int = 0
+    """What it reads from the WAN, in bytes/s."""
     totals: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -59,8 +66,19 @@ def read_row(text: str | None) -> Row | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """Who was a member; `left`: it said goodbye, else it fell silent at `at` (monotonic seconds)."""
+
+    name: str
+    address: str
+    row: Row | None
+    at: float
+    left: bool
+
+
 @dataclass(slots=True)
-class _Peer:
+class Peer:
     """Another member. Times are monotonic seconds."""
 
     name: str
@@ -78,10 +96,24 @@ class _Peer:
     """Its machine answers that nobody listens: it takes no part of the WAN."""
     why: str = ""
     ready: bool = False
+    known: str | None = None
+    """What it knew of orders when it answered last."""
+
+    @property
+    def state(self) -> tuple[State, str]:
+        """Whether it may be asked, and why not."""
+        if self.row is not None and not self.fits:
+            other = self.row.protocol != PROTOCOL
+            return "unlike", "it has another version of the protocol" if other else "its upstreams differ"
+        if self.failures >= _FAILURES:
+            return "unreachable", self.why
+        if self.answered_at is None or not self.fits:
+            return "unknown", "not known yet"
+        return ("ready", "") if self.ready else ("not-ready", "it starts or stops")
 
     @property
     def askable(self) -> bool:
-        return self.fits and self.ready and self.failures < _FAILURES
+        return self.state[0] == "ready"
 
 
 class Membership:
@@ -99,9 +131,10 @@ class Membership:
         self.name, self.fingerprint = name, fingerprint
         self._timeout_seconds = timeout_seconds
         self._peers = {
-            member.name: _Peer(member.name, member.address, now, member.askable) for member in known
+            member.name: Peer(member.name, member.address, now, member.askable) for member in known
         }
         self._counts: dict[int, int] = {int(now // _MINUTE): most} if most else {}
+        self.gone: dict[str, Gone] = {}
 
     # --- what happens
 
@@ -113,14 +146,18 @@ class Membership:
         for row in rows:
             if row.leaving:
                 self._peers.pop(row.name, None)
+                self._note_gone(Gone(row.name, row.address, row, now, left=True))
                 continue
-            peer = self._peers.setdefault(row.name, _Peer(row.name, row.address, now, fits=False))
+            peer = self._peers.setdefault(row.name, Peer(row.name, row.address, now, fits=False))
             if peer.address != row.address:
-                peer = self._peers[row.name] = _Peer(row.name, row.address, now, fits=False)
+                peer = self._peers[row.name] = Peer(row.name, row.address, now, fits=False)
             elif peer.row is not None and peer.row.start != row.start:  # a successor: it may do better
                 peer.failures, peer.probed_at = 0, float("-inf")
             peer.row, peer.fresh, peer.seen_at = row, True, now
             peer.fits = row.protocol == PROTOCOL and row.fingerprint == self.fingerprint
+        here = self._peers.keys() | {peer.address for peer in self._peers.values()}
+        for gone in [gone for gone in self.gone.values() if not here.isdisjoint({gone.name, gone.address})]:
+            del self.gone[gone.name]  # it is back, perhaps with another name
         self._count(len({row.name for row in rows} | self._peers.keys()) + 1, now)
 
     def engine_is_away(self) -> None:
@@ -128,9 +165,10 @@ class Membership:
         for peer in self._peers.values():
             peer.fresh = False
 
-    def answered(self, name: str, now: float, *, ready: bool) -> None:
-        """A probe was answered; `ready`: it may be asked."""
+    def answered(self, name: str, now: float, *, ready: bool, known: str = "") -> None:
+        """A probe was answered; `ready`: it may be asked. `known`: what it knows of orders."""
         if (peer := self._peers.get(name)) is not None:
+            peer.known = known
             peer.answered_at, peer.failures, peer.ready = now, 0, ready
             peer.refused, peer.why = False, ""
 
@@ -150,8 +188,18 @@ class Membership:
     def look(self, now: float) -> None:
         """Take those off the list that have been silent for too long."""
         for peer in list(self._peers.values()):
-            if now - max(peer.seen_at, peer.answered_at or 0.0) >= self._timeout_seconds:
+            heard_at = max(peer.seen_at, peer.answered_at or 0.0)
+            if now - heard_at >= self._timeout_seconds:
                 del self._peers[peer.name]
+                self._note_gone(Gone(peer.name, peer.address, peer.row, heard_at, left=False))
+        for gone in [gone for gone in self.gone.values() if now - gone.at >= GONE_SECONDS]:
+            del self.gone[gone.name]
+
+    def _note_gone(self, gone: Gone) -> None:
+        """The latest ones only: names may come from anywhere."""
+        self.gone = {**{name: one for name, one in self.gone.items() if name != gone.name}, gone.name: gone}
+        if len(self.gone) > _MOST_GONE:
+            del self.gone[next(iter(self.gone))]
 
     def _count(self, members: int, now: float) -> None:
         minute = int(now // _MINUTE)
@@ -161,12 +209,10 @@ class Membership:
     # --- what follows from it
 
     def members(self) -> tuple[Member, ...]:
-        peers = sorted(self._peers.values(), key=lambda peer: peer.name)
-        return tuple(Member(peer.name, peer.address, peer.askable) for peer in peers)
+        return tuple(Member(peer.name, peer.address, peer.askable) for peer in self.peers())
 
-    def rows(self) -> dict[str, Row | None]:
-        """The last row of each other member, None while none was seen."""
-        return {name: self._peers[name].row for name in sorted(self._peers)}
+    def peers(self) -> list[Peer]:
+        return sorted(self._peers.values(), key=lambda peer: peer.name)
 
     @property
     def is_complete(self) -> bool:
@@ -195,6 +241,5 @@ class Membership:
     def unlike(self) -> Iterator[tuple[str, str]]:
         """Members that are not asked since they speak or fetch otherwise: names, and in what they differ."""
         for peer in self._peers.values():
-            if peer.fresh and peer.row is not None and not peer.fits:
-                other = peer.row.protocol != PROTOCOL
-                yield peer.name, "it has another version of the protocol" if other else "its upstreams differ"
+            if peer.fresh and peer.state[0] == "unlike":
+                yield peer.name, peer.state[1]

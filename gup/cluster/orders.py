@@ -113,6 +113,11 @@ class OrderLog:
             texts.append(f"{node}={upto}{''.join(single)}")
         return " ".join(texts)
 
+    def unknown_to(self, known: str, now: float) -> int:
+        """How many of the orders that hold are not among what another node knows."""
+        orders = self._orders.values()
+        return sum(not knows(known, o.node, o.number) and not self._is_over(o, now) for o in orders)
+
     def has_gap(self, now: float) -> bool:
         return "+" in self.known(now)
 

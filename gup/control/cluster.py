@@ -24,6 +24,7 @@ from gup.cluster.orders import covers, read_order, write_order
 from gup.cluster.share import GRANT_NS, Classes, Demand, floor, granted
 from gup.cluster.signing import Signer
 from gup.config import Cluster, Upstream
+from gup.metrics import MAX_MEMBERS
 from gup.upstream.probe import Alive, Answered, Failed, Prober
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class ClusterDependencies:
     """Bytes of the WAN since the start, by class."""
     waiting: Callable[[], frozenset[int]]
     """Classes that wait for the WAN now."""
+    received_rate: Callable[[], int]
+    """What is read from the WAN, bytes/s."""
     totals: Callable[[], Mapping[str, int]]
     publish: Callable[[Members], Awaitable[None]]
     """Writes the list and tells the workers; OSError."""
@@ -112,6 +115,7 @@ class ClusterControl:
             known.others,
             known.most if known.node == self.node else 0,
         )
+        self.slots = known.slots
         self._demand, self._wanted = Demand(), (0, 0, 0)
         self._start, self._grant, self.share = 0, 0, 0
         self._granted_until_ns = 0
@@ -221,6 +225,7 @@ class ClusterControl:
             apart=now_ns >= self._granted_until_ns and self._ever_answered,
             leaving=self._leaving,
             share=self.share if now_ns < self._granted_until_ns else 0,
+            received_rate=deps.received_rate(),
             totals=deps.totals(),
         )
 
@@ -314,7 +319,7 @@ class ClusterControl:
         time_ms = now_ms + offset if offset else int(time.time() * 1000)
         answer = await self._prober.probe(name, address, deps.signer(), time_ms, PROBE_SECONDS)
         if isinstance(answer, Alive):
-            self.membership.answered(name, self._clock(), ready=answer.ready)
+            self.membership.answered(name, self._clock(), ready=answer.ready, known=answer.known)
             if self.book is not None and not covers(self.book.known, answer.known):
                 self.hear_of_orders(name)
             if not deps.time_offset() and answer.time_ms:  # without the engine, a member knows its time
@@ -438,9 +443,10 @@ class ClusterControl:
 
     def members(self) -> Members:
         """The list as it is for the workers."""
-        if self.is_alone:
-            return Members(self.node, most=self.membership.most(self._clock()))
-        return Members(self.node, self.membership.members(), most=self.membership.most(self._clock()))
+        others = () if self.is_alone else self.membership.members()
+        new = [member.name for member in others if member.name not in self.slots]
+        self.slots = (*self.slots, *new)[:MAX_MEMBERS]
+        return Members(self.node, others, most=self.membership.most(self._clock()), slots=self.slots)
 
     def _look(self) -> None:
         """Publish the list when it has changed, and keep a node alone to its floor of the rate."""
@@ -505,9 +511,18 @@ class ClusterControl:
             )
             yield "row-forged", "", text
 
-    def rows(self) -> dict[str, Row | None]:
-        """Every member's last row, this one's too."""
-        return {**self.membership.rows(), self.node: self._own}
+    @property
+    def own(self) -> Row | None:
+        """The row that this node has told last; None before the first."""
+        return self._own
+
+    def age_seconds(self, at: float) -> float:
+        """Of what the list of members dates."""
+        return max(0.0, self._clock() - at)
+
+    def unconfirmed(self, known: str) -> int:
+        """How many orders a member does not know that this node knows."""
+        return self.book.unknown_to(known) if self.book is not None else 0
 
     @property
     def engine_error(self) -> str | None:

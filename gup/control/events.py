@@ -134,7 +134,8 @@ class _Event(BaseModel):
 
 class Committed(_Event):
     """A body is in the store. `replaced` says that there was an older generation; `path` as in Begun, "" if
-    no client asked. `upstream` gave its end; `seconds` and `resumes` are those of its fill, if it is known.
+    no client asked. `upstream` gave its end; `seconds`, `resumes` and the bytes `received` over the
+    WAN are those of its fill, if it is known.
     """
 
     type: Literal["committed"] = "committed"
@@ -146,6 +147,7 @@ class Committed(_Event):
     upstream: Stated = ""
     resumes: Count = 0
     seconds: Moment = 0.0
+    received: Count | None = None
 
 
 class Usage(_Event):

@@ -18,12 +18,14 @@ from gup.control.state import OTHER, ControlState, Label, numbers
 from gup.control.traffic import newest_times
 from gup.metrics import (
     KINDS,
+    MAX_MEMBERS,
     MAX_SHOWN,
     MAX_STREAMS,
     METRICS,
     Metric,
     label_sets,
     parse_series,
+    peer_series,
     series,
     stream_series,
 )
@@ -119,6 +121,17 @@ def stream_bytes(totals: Mapping[str, int], labels: Sequence[Label]) -> dict[str
     }
 
 
+def peer_bytes(totals: Mapping[str, int], names: Sequence[str]) -> dict[str, Samples]:
+    """Bytes to and from each member; `names` are those of the slots, all others are counted as OTHER."""
+    return {
+        f"gup_peer_{way}_bytes_total": [
+            ({"member": name}, totals.get(peer_series(way, slot), 0))
+            for slot, name in [*enumerate(names), (MAX_MEMBERS, OTHER[0])]
+        ]
+        for way in _DIRECTIONS
+    }
+
+
 def newest_and_storms(
     newest: Mapping[str, Mapping[Label, float]], storms: Mapping[Label, bool], labels: Iterable[Label]
 ) -> dict[str, Samples]:
@@ -175,6 +188,7 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
         "gup_config_last_reload_successful": [({}, dependencies.config_ok())],
         "gup_start_time_seconds": [({}, dependencies.started_at)],
         "gup_build_info": [({"version": gup.__version__, "python": platform.python_version()}, 1)],
+        **(peer_bytes(totals, cluster.slots) if cluster is not None else {}),
         "gup_cluster_members": [({}, len(cluster.membership.members()) + 1)] if cluster is not None else [],
         "gup_site_info": [({"site": settings.site.name}, 1)],
     }

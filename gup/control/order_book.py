@@ -33,6 +33,10 @@ class OrderBook:
     def known(self) -> str:
         return self.log.known(self._now())
 
+    def unknown_to(self, known: str) -> int:
+        """How many orders that hold are not among what another node knows."""
+        return self.log.unknown_to(known, self._now())
+
     async def open(self) -> None:
         """Take over what was purged while this gup had no cluster. Call it once."""
         purges, _ = await asyncio.to_thread(read_purges, self._run / PURGES_FILE)

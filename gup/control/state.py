@@ -278,7 +278,7 @@ class ControlState:
             self.prefetcher.asked(event.key, event.path)
         for at in [at for at in self._rejections if at[0] == event.key.text]:
             del self._rejections[at]
-        more: dict[str, Any] = {"received_bytes": event.length}
+        more: dict[str, Any] = {"received_bytes": event.length if event.received is None else event.received}
         if (known := self.index.rows.get(event.key.text)) is not None:
             more["received_bytes"] += known.received_bytes
             more |= {"hits": known.hits, "pinned": known.pinned, "sent_bytes": known.sent_bytes}

@@ -58,6 +58,7 @@ _ASKED_WITHIN_SECONDS = 120
 _SHOWN = (
     "gup_client_sent_bytes_total",
     "gup_upstream_received_bytes_total",
+    "gup_upstream_wasted_bytes_total",
     "gup_peer_received_bytes_total",
     "gup_peer_sent_bytes_total",
     "gup_requests_total",
@@ -195,6 +196,7 @@ class Controller(ChildProcess):
                 rate=self.site_rate,
                 paid=self._paid_bytes,
                 waiting=self._waiting_classes,
+                received_rate=self._received_rate,
                 totals=self._shown_totals,
                 publish=publish,
                 set_share=set_share,
@@ -228,6 +230,9 @@ class Controller(ChildProcess):
             word for block, word in enumerate(self.page.row(Row.WAN_TURNS)) if word and self._alive(block)
         ]
         return frozenset(share_class(priority_of(NOBODY - word)) for word in words)
+
+    def _received_rate(self) -> int:
+        return self._control.state.history.wan.bytes_per_second()
 
     def _shown_totals(self) -> Mapping[str, int]:
         """What the other members show of this one, at most a second old."""

@@ -162,7 +162,7 @@ class ChildProcess(ABC):
             node=cluster.node,
             signer=self.sign_as,
             time_ms=self.engine_ms,
-            listed=lambda: read().askable,
+            listed=read,
             is_purged=lambda key, kind, order: self.purges.name(ContentKey.parse(key), Kind(kind), order),
             settled=lambda: self.words[layout.CLUSTER_EPOCH] > 0,
         )

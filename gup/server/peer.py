@@ -112,7 +112,6 @@ class PeerHandler:
         times that count as now, the likeliest first.
         """
         self.access_log = log
-        self._sent_at = dependencies.counters.position("gup_peer_sent_bytes_total")
         self.hot_cache = HotCache(lambda: (0, 0), lambda: None)  # of nothing: it never learns
         self.downloads = downloads
         self.draining = False
@@ -143,6 +142,8 @@ class PeerHandler:
         fields: dict[str, str] = {}
         try:
             response = await self._answer(request, fields)
+            if response.body is not None:
+                response.sent_at = self._dependencies.members.position("sent", question.asker)
         except Exception as error:
             if isinstance(error, OSError) and is_exhausted(error):
                 error = exhausted(error)
@@ -221,7 +222,7 @@ class PeerHandler:
                 )
             # The first bytes must be readable: until then the asking node can be told.
             if opened.entry is None or await self._cache.is_sound_at(opened, span.start):
-                response.body, response.sent_at = opened.body, self._sent_at
+                response.body = opened.body
                 return response
         raise Problem("internal-error", "the entry was replaced during each try", retry_after_seconds=1)
 

@@ -136,6 +136,8 @@ class Download:
         self._last_new_byte = clock()
         self.head: RemoteHead | None = None
         self.received = 0
+        self.from_members = 0
+        """So many of the bytes that `read` has returned did not cross the WAN."""
         self._unsure_from = _NEVER
         self._resumed = ""
         self.resumes = 0
@@ -191,6 +193,8 @@ class Download:
             self._ready = b""
             if piece:
                 self.received += len(piece)
+                if not self.is_on_wan:
+                    self.from_members += len(piece)
                 self._note_gain()
             return piece
 
@@ -219,7 +223,7 @@ class Download:
         length = head.length if head.length is not None else answer.head.length
         if piece:
             if length is not None and self.received + len(piece) > length:
-                self._counters.waste("rejected", self._template.stream, len(piece))
+                answer.waste("rejected", len(piece))
                 raise rejected(f"{name} sent more than the {length} bytes it announced")
             return piece
         if not self.received:
@@ -438,10 +442,10 @@ class Download:
                 detail = f"{head.upstream} broke off again"
                 raise UpstreamFailure("error", "upstream-error", detail, again=True)
             known = piece[: self.received - position]
-            self._counters.waste("overlap", self._template.stream, len(known))
+            answer.waste("overlap", len(known))
             here = await self._reread(position, len(known))
             if known != here:
-                self._counters.waste("mismatch", self._template.stream, len(piece) - len(known))
+                answer.waste("mismatch", len(piece) - len(known))
                 detail = f"{head.upstream} has other bytes than those received before"
                 unequal = (
                     at for at, (one, other) in enumerate(zip(known, here, strict=False)) if one != other

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from gup import config
+from gup.cluster.member_list import ALONE
+from gup.cluster.member_list import Members as Listed
 from gup.cluster.order import above, ranked
 from gup.cluster.signing import Question, Signer
 from gup.jsonmodel import InvalidError
@@ -95,12 +97,12 @@ class Members:
         node: str = "",
         signer: Callable[[], Signer] | None = None,
         time_ms: Callable[[], int] = lambda: 0,
-        listed: Callable[[], Mapping[str, str]] = dict,
+        listed: Callable[[], Listed] = lambda: ALONE,
         settled: Callable[[], bool] = lambda: True,
         is_purged: Callable[[str, str, str], bool] = lambda _key, _kind, _order: False,
     ) -> None:
         """Without more than the counters: of a gup that is alone. `time_ms` is the engine's time, `listed`
-        the addresses of the members that may be asked, by name; `settled`: that list is of this run.
+        the list as the controller has written it; `settled`: it is of this run.
         `is_purged` tells of a copy's key, kind and order whether a purge names it that its member did not
         know.
         """
@@ -117,7 +119,7 @@ class Members:
 
     def _refresh(self) -> None:
         """Requests in progress go on when a member is no longer listed."""
-        addresses = self._listed()
+        addresses = self._listed().askable
         if addresses != self._addresses:
             self._addresses, old = dict(addresses), self._members
             self._members = {
@@ -268,8 +270,16 @@ class Members:
     # --- what Answer needs
 
     def count_received(self, upstream: Upstream, ask: Ask, stream: tuple[int, str], amount: int) -> None:
-        del upstream, ask, stream
-        self._counters.add("gup_peer_received_bytes_total", amount)
+        del ask, stream
+        assert isinstance(upstream, Member)
+        self._counters.words[self.position("received", upstream.member)] += amount
+
+    def position(self, way: Literal["sent", "received"], name: str) -> int:
+        """Of the counter of bytes to or from this member."""
+        return self._counters.position(f"gup_peer_{way}_bytes_total", slot=str(self._listed().slot(name)))
+
+    def count_wasted(self, reason: str, stream: tuple[int, str], amount: int) -> None:
+        """Nothing: it is no waste of the WAN."""
 
     def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
         """Nothing: the controller finds out itself who is away."""

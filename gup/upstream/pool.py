@@ -253,6 +253,9 @@ class Pool:
         self._counters.add("gup_upstream_received_bytes_total", amount, **labels)
         self._counters.add_stream("received", *stream, amount)
 
+    def count_wasted(self, reason: str, stream: tuple[int, str], amount: int) -> None:
+        self._counters.waste(reason, stream, amount)
+
     def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None:
         sign = sign_of(failure, upstream.settings.kind, check=ask.check)
         if sign is Sign.AWAY:
@@ -386,6 +389,8 @@ class Charged(Protocol):
 
     def count_received(self, upstream: Upstream, ask: Ask, stream: tuple[int, str], amount: int) -> None: ...
 
+    def count_wasted(self, reason: str, stream: tuple[int, str], amount: int) -> None: ...
+
     def note_failure(self, upstream: Upstream, ask: Ask, failure: UpstreamFailure) -> None: ...
 
     def done(self, upstream: Upstream) -> None: ...
@@ -440,6 +445,10 @@ class Answer:
             return
         with contextlib.suppress(Exception):  # `read` finds it, after what has come
             await self._response.content.wait_eof()
+
+    def waste(self, reason: str, amount: int) -> None:
+        """Count bytes of this body that are not used."""
+        self._pool.count_wasted(reason, self._ask.stream, amount)
 
     async def read(self) -> bytes:
         """The next piece, once the one before is paid for; empty at the end.

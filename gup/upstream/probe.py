@@ -1,6 +1,7 @@
 """Asks the members of a cluster directly whether they serve: `GET /readyz` at their own port, signed."""
 
 import asyncio
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -87,7 +88,8 @@ class Prober:
             return Failed("it does not answer")
         except aiohttp.ClientConnectorError as error:
             refused = isinstance(error.os_error, ConnectionRefusedError)
-            return Failed(error.os_error.strerror or str(error.os_error), refused=refused)
+            number = error.os_error.errno  # asyncio's own text names the address again
+            return Failed(os.strerror(number) if number else str(error.os_error), refused=refused)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return Failed(str(error)[:200] or type(error).__name__)
         if not signer.verify_answer(question, response.status, response.headers.items()):

@@ -187,7 +187,11 @@ def test_a_cluster_in_a_line(share, rate, error, words):
     assert cluster_line(alone) == "cluster lyon: b with no other member" + words
     others = [member("a", askable=True), *alone["members"], member("c", askable=False)]
     line = "cluster lyon: b with a, c (not asked)" + words
-    assert line in list(status_lines(STATUS | {"cluster": cluster | {"members": others}}))
+    sums = {"sent_bytes": 4000, "received_bytes": 1000, "saved_bytes": 3000, "between_members_bytes": 2000}
+    lines = list(status_lines(STATUS | {"cluster": cluster | {"members": others, "sums": sums}}))
+    assert line in lines
+    flow = "4.0 kB to clients, 1.0 kB over the WAN, 3.0 kB saved (75.0%), 2.0 kB from one to another"
+    assert f"all gups: {flow}" in lines
 
 
 def test_an_unlimited_wan_and_a_quiet_service():

@@ -19,8 +19,11 @@ from harness.upstreams import ScriptedUpstream
 from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Slots
 from gup.client_names import ClientNames
+from gup.cluster.member_list import Member
+from gup.cluster.member_list import Members as MemberList
 from gup.cluster.signing import Signer
 from gup.content.key import ContentKey, Kind
+from gup.metrics import MAX_MEMBERS
 from gup.server.downloads import Downloads
 from gup.server.listener import Listener
 from gup.server.peer import PeerAdmission, PeerHandler, PeerLog
@@ -79,11 +82,11 @@ class Node:
 
     @property
     def sent_bytes(self) -> int:
-        return self.worker.counted("gup_peer_sent_bytes_total")
+        return self.worker.counted("gup_peer_sent_bytes_total", slot=str(MAX_MEMBERS))
 
     @property
     def got_bytes(self) -> int:
-        return self.worker.counted("gup_peer_received_bytes_total")
+        return self.worker.counted("gup_peer_received_bytes_total", slot=str(MAX_MEMBERS))
 
     async def vanish(self) -> None:
         """Its port closes and its connections are reset."""
@@ -114,7 +117,9 @@ async def cluster(root, urls, count: int, **sections) -> AsyncIterator[list[Node
                 node=name,
                 signer=lambda: SIGNER,
                 time_ms=now_ms,
-                listed=lambda known=known: known,
+                listed=lambda known=known: MemberList(
+                    others=tuple(Member(*each, askable=True) for each in known.items())
+                ),
                 is_purged=lambda key, kind, order, deps=deps: deps.purges.name(
                     ContentKey.parse(key), Kind(kind), order
                 ),

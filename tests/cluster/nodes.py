@@ -101,6 +101,7 @@ class Node:
                 rate=lambda: RATE,
                 paid=lambda: self.paid,
                 waiting=lambda: self.waiting,
+                received_rate=lambda: 0,
                 totals=lambda: {"gup_requests_total": 5},
                 publish=self._publish,
                 set_share=self._set_share,

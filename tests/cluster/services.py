@@ -82,6 +82,11 @@ class Site:
         with urllib.request.urlopen(f"{self.nodes[name].admin_url}/api/v1/cluster", timeout=10) as answer:
             return json.load(answer)
 
+    def page_of(self, name):
+        """Its page's HTML."""
+        with urllib.request.urlopen(self.nodes[name].admin_url + "/", timeout=10) as answer:
+            return answer.read().decode()
+
     def asked_by(self, name):
         members = self.seen_by(name)["members"]
         return {member["name"] for member in members if member["askable"]} - {name}

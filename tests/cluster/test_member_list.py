@@ -1,8 +1,11 @@
 """run/members: as written, read again only when the epoch has changed."""
 
 from gup.cluster.member_list import ALONE, FILE, Member, Members, MembersReader, read_members, write_members
+from gup.metrics import MAX_MEMBERS
 
-THREE = Members("a", (Member("b", "http://b:2969", True), Member("c", "http://c:2969", False)), 17, 3)
+THREE = Members(
+    "a", (Member("b", "http://b:2969", True), Member("c", "http://c:2969", False)), 17, 3, ("c", "b")
+)
 
 
 def test_the_list_is_read_as_it_was_written(tmp_path):
@@ -11,6 +14,7 @@ def test_the_list_is_read_as_it_was_written(tmp_path):
     assert read_members(tmp_path) == THREE
     assert THREE.askable == {"b": "http://b:2969"}
     assert THREE.names == {"a", "b", "c"}
+    assert [THREE.slot(name) for name in "bcx"] == [1, 0, MAX_MEMBERS]
 
 
 def test_a_damaged_list_is_none(tmp_path):

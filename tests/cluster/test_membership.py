@@ -3,7 +3,7 @@
 import pytest
 
 from gup.cluster.member_list import Member
-from gup.cluster.membership import PROTOCOL, Membership, Row, read_row, write_row
+from gup.cluster.membership import GONE_SECONDS, PROTOCOL, Membership, Row, read_row, write_row
 
 TIMEOUT = 5.0
 
@@ -92,6 +92,7 @@ def test_who_differs_is_listed_and_not_asked(change):
     found.see([row("b", **change)], 0.0)
     found.answered("b", 0.0, ready=True)
     assert (names(found), asked(found), len(list(found.unlike()))) == (["b"], [], 1)
+    assert found.peers()[0].state[0] == "unlike"
 
 
 def test_who_may_use_the_wan_without_the_engine_knowing():
@@ -127,3 +128,49 @@ def test_a_node_begins_with_the_members_it_knew():
     assert asked(found) == ["b"], "the other one differed"
     found.look(1.0 + TIMEOUT)
     assert names(found) == []
+
+
+def test_the_state_of_a_member_says_why_it_is_not_asked():
+    found = membership()
+    found.see([row("b")], 0.0)
+    (b,) = found.peers()
+    assert b.state == ("unknown", "not known yet")
+    found.answered("b", 0.0, ready=False)
+    assert b.state[0] == "not-ready"
+    found.answered("b", 0.0, ready=True, known="b=5")
+    assert (b.state, b.known) == (("ready", ""), "b=5")
+    found.failed("b", "Connection refused", refused=True)
+    assert b.state == ("unreachable", "Connection refused")
+
+
+def gone(found):
+    return {name: (one.left, one.at) for name, one in found.gone.items()}
+
+
+def test_who_has_left_or_fallen_silent_is_told_for_a_day_with_its_last_figures():
+    found = membership()
+    found.see([row("b", totals={"x": 1}), row("c", totals={"x": 2})], 0.0)
+    found.see([row("b", totals={"x": 3}), row("c", totals={"x": 4}, leaving=True)], 1.0)
+    found.look(1.0)
+    assert gone(found) == {"c": (True, 1.0)}
+    found.look(1.0 + TIMEOUT)
+    assert gone(found) == {"b": (False, 1.0), "c": (True, 1.0)}
+    assert {name: one.row.totals["x"] for name, one in found.gone.items()} == {"b": 3, "c": 4}
+    found.see([row("b")], 10.0)
+    assert gone(found) == {"c": (True, 1.0)}, "b is back"
+    found.look(1.0 + GONE_SECONDS)
+    assert "c" not in found.gone
+
+
+def test_a_machine_that_is_back_with_another_name_is_not_gone():
+    found = membership()
+    found.see([row("b", leaving=True), row("c", leaving=True)], 0.0)
+    found.see([row("d", address="http://b:1")], 1.0)
+    assert list(found.gone) == ["c"], "else its bytes would count twice"
+
+
+def test_of_very_many_that_came_and_went_the_latest_are_told():
+    found = membership()
+    for number in range(40):
+        found.see([row(f"n{number}", leaving=True)], float(number))
+    assert list(found.gone) == [f"n{number}" for number in range(24, 40)]

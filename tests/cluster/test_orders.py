@@ -52,6 +52,14 @@ def test_what_is_known_is_a_number_for_each_writer_and_single_ones(text, number,
     assert knows(text, "b", number) is is_known
 
 
+def test_what_another_does_not_know_is_counted_while_it_holds():
+    log = OrderLog("a")
+    first, _, third = (log.write(NOW + n, "purge", {}) for n in range(3))
+    assert [log.unknown_to(known, NOW) for known in ("", f"a={first.number}", log.known(NOW))] == [3, 2, 0]
+    assert log.unknown_to(f"a={first.number}+{third.number}", NOW) == 1
+    assert log.unknown_to("", NOW + KEPT_SECONDS + 1.5) == 1, "the first two are over"
+
+
 def test_a_gap_is_seen_and_filled():
     log = OrderLog("a")
     assert log.take(order("b", LATE, 0), NOW)

@@ -34,6 +34,11 @@ def test_three_services_find_each_other_and_lose_one(site):
     del site.nodes["c"]
     until(site.all_ask_all, "two are left", 30)
     assert len(site.seen_by("a")["members"]) == 2
+    assert [(one["name"], one["left"]) for one in site.seen_by("a")["gone"]] == [("c", True)]
+    html = site.page_of("a")
+    assert [
+        words for words in ('data-member="b"', 'data-member="c"', ">stopped</span>") if words not in html
+    ] == []
     # kill -9: not asked, and off the list later
     two.kill()
     del site.nodes["b"]

@@ -3,10 +3,11 @@ from harness.private import private_counters
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from gup.control.exposition import expose, newest_and_storms, shown_labels, stream_bytes
+from gup.control.exposition import expose, newest_and_storms, peer_bytes, shown_labels, stream_bytes
 from gup.control.state import OTHER
 from gup.metrics import (
     CODES_OF_RESULT,
+    MAX_MEMBERS,
     MAX_SHOWN,
     MAX_STREAMS,
     METRICS,
@@ -34,6 +35,7 @@ def everything(words, labels=LABELS, upstreams=UPSTREAMS):
     newest = dict.fromkeys(("held", "requested"), dict.fromkeys(named, 1.0))
     samples |= newest_and_storms(newest, dict.fromkeys(named, False) | {[*named][-1]: True}, labels)
     limited = ("connections", "connections_per_address", "downloads", "fills", "queue")
+    samples |= peer_bytes(words, ["b"])
     samples |= {
         "gup_alarm_messages_waiting": [({"to": to}, 0) for to in ("webhook", "command")],
         "gup_clients_seen": [({"window": window}, 0) for window in ("1h", "1d", "7d")],
@@ -134,6 +136,17 @@ def test_streams_of_one_product_are_added_up():
         for column, way in enumerate(("sent", "received"))
     )
     assert {name: n for name, n in found.items() if name.startswith("gup_stream_")} == sent | received
+
+
+def test_bytes_of_members_come_out_by_name():
+    counters = private_counters(UPSTREAMS)
+    for slot, amount in ((0, 5), (1, 7), (MAX_MEMBERS, 9)):
+        counters.add("gup_peer_sent_bytes_total", amount, slot=str(slot))
+    rows = peer_bytes(totals(counters), ["b", "c"])
+    assert rows["gup_peer_sent_bytes_total"] == [
+        ({"member": name}, amount) for name, amount in (("b", 5), ("c", 7), ("other", 9))
+    ]
+    assert [amount for _, amount in rows["gup_peer_received_bytes_total"]] == [0, 0, 0]
 
 
 def test_a_site_of_fifty_streams_and_two_upstreams_stays_within_500_series():

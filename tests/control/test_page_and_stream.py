@@ -4,16 +4,18 @@ import asyncio
 import contextlib
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gup.content.key import ContentKey, Kind
+from gup.control.api.schemas import Cluster, ClusterMember, GoneMember, SiteTraffic
 from gup.control.entry_table import make_row
 from gup.control.page import view
 from gup.control.page.live import MAX_LISTENERS, Page
-from gup.control.page.view import MAX_REVISIONS, MAX_STREAMS, Kept, holdings
+from gup.control.page.view import MAX_REVISIONS, MAX_STREAMS, Kept, Renderer, holdings
 
 SPACE = "\N{NO-BREAK SPACE}"
 SIZES = {0: "0 B", 999: "999 B", 1000: "1.0 kB", 99_949: "99.9 kB", 999_400: "999 kB", 999_500: "1.0 MB"}
@@ -84,6 +86,75 @@ def test_of_many_streams_and_revisions_the_largest_and_newest_are_told():
 def test_bodies_without_a_revision_are_told_by_their_file():
     (held,) = holdings([row("_", "_", "ContentInfo.txt"), row("_", "_", "a%2Fb.flg")], label)["streams"]
     assert {revision["name"] for revision in held["revisions"]} == {"ContentInfo.txt", "a/b.flg"}
+
+
+ATTACK = "<img/src=x/onerror=hit()>"
+
+
+def member(name, **changes):
+    made = {
+        "name": name,
+        "address": f"http://{name}:2969",
+        "askable": True,
+        "state": "ready",
+        "detail": "",
+        "told_seconds": 0.0,
+        "share_bytes_per_second": 250_000,
+        "wan_bytes_per_second": 100_000,
+        "unconfirmed_orders": 0,
+        "totals": {"gup_client_sent_bytes_total": 7_000, "gup_upstream_received_bytes_total": 3_000},
+    }
+    return ClusterMember(**made | changes)
+
+
+def fragments(cluster):
+    view = {"status": SimpleNamespace(cluster=cluster), "now": 1.0, "zone": None}
+    return Renderer().fragments(view, ["site"])
+
+
+def test_the_site_part_tells_each_gup_and_escapes_what_others_say():
+    rates = dict.fromkeys(("share_bytes_per_second", "wan_bytes_per_second"))
+    never = {"told_seconds": None, "unconfirmed_orders": None, "totals": {}, **rates}
+    cluster = Cluster(
+        site=ATTACK,
+        node="a",
+        alone=False,
+        engine_error=ATTACK,
+        wan_rate_bytes_per_second=1_000_000,
+        members=[
+            member("a"),
+            member(ATTACK, state="unreachable", detail=ATTACK, unconfirmed_orders=2),
+            member("c", state="unlike", detail="its upstreams differ", told_seconds=12.5),
+            member("d", state="unknown", **never),
+        ],
+        gone=[
+            GoneMember(name="e" + ATTACK, address=ATTACK, left=False, gone_seconds=90, totals={}),
+            GoneMember(name="f", address="http://f:1", left=True, gone_seconds=5, totals={}),
+        ],
+        sums=SiteTraffic.of(21_000, 9_000, 0, between_members_bytes=4_000),
+    )
+    html = fragments(cluster)["site"]
+    assert "<img" not in html
+    assert html.count("&lt;img/src=x/onerror=hit()&gt;") >= 6
+    rows = dict(re.findall(r'<tr data-member="([^"]*)">(.*?)</tr>', html, re.DOTALL))
+    texts = [" ".join(re.sub("<[^>]*>", " ", row).split()).replace(SPACE, " ") for row in rows.values()]
+    a, b, c, d, e, f = texts
+    assert a == "a this one http://a:2969 ready 100 kB/s share 250 kB/s 7.0 kB 3.0 kB 0 B 0 B \N{EN DASH}"
+    assert [word for word in ("not reached", "2 unconfirmed") if word not in b] == []
+    assert "differs its upstreams differ figures of 12 s ago" in c
+    assert c.endswith("confirmed")
+    assert d == "d http://d:2969 unknown - 0 B 0 B 0 B 0 B -".replace("-", "\N{EN DASH}")
+    assert (
+        "2 unconfirmed" in b,
+        'id="saved-site"' in html,
+        "gone 1 min ago" in e,
+        "stopped 5 s ago" in f,
+    ) == (True,) * 4
+    assert '<p class="big"><data value="12000">' in html
+
+
+def test_a_gup_alone_shows_nothing_of_a_site():
+    assert fragments(None) == {}
 
 
 async def test_what_is_dear_is_found_once_for_all_and_stands_and_a_failure_does_not():

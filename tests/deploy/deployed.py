@@ -8,7 +8,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -54,7 +54,7 @@ def alerts():
 class Prometheus:
     """`targets` are control planes by site. Everything is as in deploy/prometheus, but for the intervals."""
 
-    def __init__(self, folder: Path, targets: dict[str, tuple[str, int]]) -> None:
+    def __init__(self, folder: Path, targets: Mapping[str, Sequence[tuple[str, int]]]) -> None:
         self._mark = uuid.uuid4().hex
         self._url = f"http://127.0.0.1:{free_port()}"
         command = [program("prometheus"), f"--config.file={folder / 'prometheus.yml'}", "--log.level=warn"]
@@ -64,8 +64,8 @@ class Prometheus:
         config["global"] |= {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
         (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
         rows = [
-            {"targets": [f"{host}:{port}"], "labels": {"site": site}}
-            for site, (host, port) in targets.items()
+            {"targets": [f"{host}:{port}" for host, port in gups], "labels": {"site": site}}
+            for site, gups in targets.items()
         ]
         (folder / "targets" / "local.yml").write_text(yaml.safe_dump(rows))
         env = environment(self._mark, {"GOMAXPROCS": "1"})

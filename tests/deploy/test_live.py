@@ -4,19 +4,20 @@ import json
 import time
 
 import pytest
+from cluster.services import UNLIMITED, owned_by, running
 from deploy.deployed import DEPLOY, Prometheus, rules, run
 from harness.content import NEXT_REVISION, REVISION, Tree, content_path, noise, zip_of
 from harness.needs import program
 from harness.processes import until
 from harness.service import Gup
-from harness.upstreams import Nginx
+from harness.upstreams import Answer, Nginx
 
 STREAMS = 50
 MAX_SERIES = 500
 RANGE = {"$__range": "1h", "$__rate_interval": "30s"}
 MONIKERS = [f"{{{number:08X}-0000-4000-8000-000000000000}}" for number in range(STREAMS)]
 DELTA = f"xdelta{REVISION}_To_{NEXT_REVISION}.dax"
-EMPTY_WHERE_ALL_IS_WELL = {"Alerts", "Clients, of a week ago", "Members"}
+EMPTY_WHERE_ALL_IS_WELL = {"Alerts", "Clients, of a week ago", "Members", "Between members"}
 """No alert, no week behind a gup that was just started, and no cluster."""
 
 
@@ -114,7 +115,7 @@ def test_every_query_is_answered_and_a_site_has_few_series(tmp_path, upstreams):
     }
     with (
         Gup(tmp_path / "cache", settings=settings) as gup,
-        Prometheus(tmp_path / "prometheus", {"lyon": gup.admin}) as prometheus,
+        Prometheus(tmp_path / "prometheus", {"lyon": [gup.admin]}) as prometheus,
     ):
         began = time.time()
         until(lambda: prometheus.query("site:gup_requests_for_content:sum == 0"), "a scrape before", 30)
@@ -132,3 +133,42 @@ def test_every_query_is_answered_and_a_site_has_few_series(tmp_path, upstreams):
         assert sites == ["lyon"]
         run(program("promtool"), "check", "metrics", input=gup.metrics().text)
         assert gup.stop() == 0
+
+
+ROW = ("Members", "Between members", "Each gup's part")
+
+
+@pytest.mark.long
+@pytest.mark.needs("prometheus")
+def test_the_row_of_a_cluster_and_the_savings_of_its_site(tmp_path):
+    """Of three gups with one site: each query of the row has a series of each, and savings are the site's."""
+    with running(tmp_path / "site") as site:
+        gups = [site.start(name, settings=UNLIMITED) for name in ("a", "b", "c")]
+        until(site.all_ask_all, "all ask all", 30)
+        with Prometheus(tmp_path / "prometheus", {"lyon": [gup.admin for gup in gups]}) as prometheus:
+            until(lambda: prometheus.query("site:gup_client_sent_bytes:sum == 0"), "a scrape before", 30)
+            began, made = time.time(), owned_by("a", 3, 500_000)
+            for path, body in made.items():
+                site.upstream.answer(path, Answer(body, etag='"a"'))
+                assert [gup.get(path).body for gup in gups] == [body] * 3
+            total = 3 * 500_000
+            until(lambda: prometheus.query(f"site:gup_client_sent_bytes:sum == {3 * total}"), "a scrape", 30)
+            rows = [(where, target) for where, _, target, _ in targets() if where.split(": ")[1] in ROW]
+            assert len(rows) == 5
+            for where, target in rows:
+                found = prometheus.query_range(filled_in(target["expr"], "lyon"), began, time.time())
+                assert len(found) == 3, (where, found)
+            (wan,) = prometheus.query("site:gup_upstream_received_bytes:sum")
+            assert float(wan["value"][1]) == total
+            (between,) = prometheus.query("sum(gup_peer_received_bytes_total)")
+            assert float(between["value"][1]) == 2 * total
+            saved = next(
+                target for where, _, target, _ in targets() if where.startswith("site: Saved, in the")
+            )
+            # increase() misses what came before the first scrape, and extends to the ends of the range
+            until(
+                lambda: float(prometheus.query(filled_in(saved["expr"], "lyon"))[0]["value"][1]) > total,
+                "saved",
+                30,
+            )
+            assert prometheus.query("ALERTS") == []

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from cluster.services import owned_by, running
 from harness.browser import browser
 from harness.clients import Swarm, fetch
 from harness.content import noise, zip_of
@@ -117,6 +118,29 @@ def take(url: str, folder: Path) -> None:
             assert size <= MOST_BYTES, f"{name}.png has {size} bytes"
 
 
+def take_site(folder: Path, out: Path) -> None:
+    """The beginning of one gup's page, of three that are one cache: one was killed a while ago."""
+    names = ("gup-1", "gup-2", "gup-3")
+    with running(folder) as site, browser() as page:
+        for name in names:
+            site.start(name, settings={"wan": {"rate": "8MB/s"}, "site": {"name": name}})
+        until(site.all_ask_all, "all ask all", 30)
+        made = {
+            path: body for name in names for path, body in owned_by(name, 4, 2_000_000, names=names).items()
+        }
+        for path, body in made.items():
+            site.upstream.answer(path, Answer(body, etag='"a"'))
+            for gup in site.nodes.values():
+                assert gup.get(path).body == body
+        first, dead, _ = site.nodes.values()
+        dead.kill()
+        until(lambda: site.seen_by("gup-1")["gone"], "it is gone", 30)
+        page.look(width=1280)
+        page.open(first.admin_url + "/")
+        until(lambda: page.run("return document.getElementById('live').textContent") == "live", "live")
+        page.picture(out / "page-site.png", height=640)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "images")
@@ -124,6 +148,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="stay up until Enter is pressed")
     arguments = parser.parse_args()
     arguments.out.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gup-pictures-") as folder:
+        take_site(Path(folder), arguments.out)
     with tempfile.TemporaryDirectory(prefix="gup-pictures-") as folder, ScriptedUpstream() as upstream:
         clock = WallClock(Path(folder, "clock"))
         clock.set(-30 * DAY)

@@ -69,7 +69,7 @@ def _savings(made: board.Dashboard) -> None:
     fills = f"sum(increase(gup_fills_total{{{_SITE}}}[$__range]))"
     made.with_panel(
         figure(
-            About("Clients per fill", "Requests answered by one fetch from upstream while it ran."),
+            About("Clients per fill", "Requests answered by one fetch while it ran."),
             Query(f"{waiting} / {fills}"),
         )
     )

@@ -211,12 +211,55 @@ class KeyNote(Response):
     seconds: float = 0.0
 
 
+class Traffic(Response):
+    """Bytes of a time span. Saved is sent minus received, and may be below zero."""
+
+    sent_bytes: int
+    received_bytes: int
+    saved_bytes: int
+    wasted_bytes: int = Field(description="Of those received, what was of no use.")
+
+    @classmethod
+    def of(cls, sent: int, received: int, wasted: int, /, **more: Any) -> Self:
+        moved = {"sent_bytes": sent, "received_bytes": received, "wasted_bytes": wasted}
+        return cls(**moved, saved_bytes=sent - received, **more)
+
+
+class SiteTraffic(Traffic):
+    """Of all members, and of those that are gone: received over the WAN, saved for the site."""
+
+    between_members_bytes: int = Field(description="From one to another: neither WAN bytes nor saved ones.")
+
+
+_TOTALS = "Counters since it was installed, by metric."
+
+
 class ClusterMember(Response):
     name: str
     address: str
     askable: bool = Field(description="Whether this node asks it; true for itself.")
-    share_bytes_per_second: int | None = Field(description="Of the WAN's rate; None while it has no grant.")
-    totals: dict[str, int] = Field(description="Counters since it was installed, by metric.")
+    state: Literal["ready", "not-ready", "unreachable", "unlike", "unknown", "alone"] = Field(
+        description="As this node sees it. Unlike: it has another protocol or other upstreams. Alone: this "
+        "node, whose name another one has."
+    )
+    detail: str = Field(description='Why it is not ready; "" when it is.')
+    told_seconds: float | None = Field(description="Since it told its figures; null when it never has.")
+    share_bytes_per_second: int | None = Field(description="Of the WAN's rate; null while it has no grant.")
+    wan_bytes_per_second: int | None = Field(
+        description="What it reads from the WAN; null when it has told nothing for three seconds."
+    )
+    unconfirmed_orders: int | None = Field(
+        description="Purges and pins that this node knows and it does not; null while that is unknown."
+    )
+    totals: dict[str, int] = Field(description=_TOTALS)
+
+
+class GoneMember(Response):
+    name: str
+    address: str
+    left: bool = Field(description="It said goodbye; else it fell silent.")
+    gone_seconds: float
+    totals: dict[str, int] = Field(description=_TOTALS)
 
 
 class Cluster(Response):
@@ -228,6 +271,8 @@ class Cluster(Response):
     engine_error: str | None = Field(description="Why the engine does not answer; None when it does.")
     wan_rate_bytes_per_second: int | None = Field(description="The site's now; None: unlimited.")
     members: list[ClusterMember] = Field(description="This node too, by name.")
+    gone: list[GoneMember] = Field(description="Members of the last day, as far as this node has seen it.")
+    sums: SiteTraffic
 
 
 class Status(Response):
@@ -332,7 +377,7 @@ class Entry(Response):
     hits: int
     pinned: bool
     sent_bytes: int
-    received_bytes: int
+    received_bytes: int = Field(description="Over the WAN, not from other members of the cluster.")
 
 
 class Entries(Response):
@@ -598,20 +643,6 @@ class RestartReport(Report):
     unknown: int
     saying: str
     restart_pending: list[Restart]
-
-
-class Traffic(Response):
-    """Bytes of a time span. Saved is sent minus received, and may be below zero."""
-
-    sent_bytes: int
-    received_bytes: int
-    saved_bytes: int
-    wasted_bytes: int = Field(description="Of those received, what was of no use.")
-
-    @classmethod
-    def of(cls, sent: int, received: int, wasted: int, /, **more: Any) -> Self:
-        moved = {"sent_bytes": sent, "received_bytes": received, "wasted_bytes": wasted}
-        return cls(**moved, saved_bytes=sent - received, **more)
 
 
 class TrafficByCause(Traffic):

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 
 import gup
 from gup.cache.store import Part
+from gup.cluster.membership import Row
 from gup.config import Settings
 from gup.config.loading import masked
 from gup.content.catalog import Stream, normal_moniker
@@ -20,9 +21,11 @@ from gup.control.api.endpoint import TEXT, Endpoint, Request, Text, problem
 from gup.control.entry_table import stream_of
 from gup.control.exposition import expose, gauges
 from gup.control.state import ControlState, began_at, numbers
-from gup.control.stats.history import shown, sums_of
+from gup.control.stats.history import added_up, shown, sums_of
 
 _Section = TypeVar("_Section", bound=BaseModel)
+_OLD_SECONDS = 3.0
+"""What a member has told of its rates holds for so long."""
 _LATEST = 5
 """Clients that the status names."""
 
@@ -114,29 +117,68 @@ async def cluster(state: ControlState) -> schemas.Cluster:
             engine_error=None,
             wan_rate_bytes_per_second=rate,
             members=[],
+            gone=[],
+            sums=_site_traffic([]),
         )
-    asked = {member.name: member for member in control.published.others}
-    members = []
-    for name, row in sorted(control.rows().items()):
-        own = name == control.node
-        if not own and name not in asked:
-            continue
-        members.append(
-            schemas.ClusterMember(
-                name=name,
-                address=settings.cluster.address or "" if own else asked[name].address,
-                askable=own or asked[name].askable,
-                share_bytes_per_second=(row.share or None) if row is not None else None,
-                totals=dict(row.totals) if row is not None else {},
-            )
+    own = _member(control.own, control.node, settings.cluster.address or "", askable=True)
+    if control.is_alone:
+        own.state, own.detail = "alone", "another node has its name"
+    elif reasons := state.not_ready():
+        own.state, own.detail = "not-ready", "; ".join(reasons)
+    members, asked = [own], control.published.askable
+    for peer in control.membership.peers() if not control.is_alone else ():
+        member = _member(peer.row, peer.name, peer.address, askable=peer.name in asked)
+        member.state, member.detail = peer.state
+        if peer.row is not None:
+            member.told_seconds = control.age_seconds(peer.seen_at)
+        if member.told_seconds is None or member.told_seconds >= _OLD_SECONDS:
+            member.share_bytes_per_second = member.wan_bytes_per_second = None
+        member.unconfirmed_orders = control.unconfirmed(peer.known) if peer.known is not None else None
+        members.append(member)
+    gone = [
+        schemas.GoneMember(
+            name=one.name,
+            address=one.address,
+            left=one.left,
+            gone_seconds=control.age_seconds(one.at),
+            totals=dict(one.row.totals) if one.row is not None else {},
         )
+        for one in control.membership.gone.values()
+    ]
     return schemas.Cluster(
         site=settings.cluster.site,
         node=control.node,
         alone=control.is_alone,
         engine_error=control.engine_error,
         wan_rate_bytes_per_second=rate,
-        members=members,
+        members=sorted(members, key=lambda member: member.name),
+        gone=gone,
+        sums=_site_traffic([*(one.totals for one in members), *(one.totals for one in gone)]),
+    )
+
+
+def _member(row: Row | None, name: str, address: str, *, askable: bool) -> schemas.ClusterMember:
+    """A node that is well."""
+    return schemas.ClusterMember(
+        name=name,
+        address=address,
+        askable=askable,
+        state="ready",
+        detail="",
+        told_seconds=0.0 if row is not None else None,
+        share_bytes_per_second=(row.share or None) if row is not None else None,
+        wan_bytes_per_second=row.received_rate if row is not None else 0,
+        unconfirmed_orders=0,
+        totals=dict(row.totals) if row is not None else {},
+    )
+
+
+def _site_traffic(totals: Iterable[Mapping[str, int]]) -> schemas.SiteTraffic:
+    sums = added_up(totals)
+    moved = ("gup_client_sent", "gup_upstream_received", "gup_upstream_wasted")
+    return schemas.SiteTraffic.of(
+        *(sums[f"{name}_bytes_total"] for name in moved),
+        between_members_bytes=sums["gup_peer_received_bytes_total"],
     )
 
 

@@ -205,7 +205,7 @@ def _sums(rows: Sequence[Row]) -> dict[str, Any]:
 
 # --- as HTML
 
-QUICK = ("head", "alarms", "saved", "now", "fills", "upstreams")
+QUICK = ("head", "alarms", "site", "saved", "now", "fills", "upstreams")
 SLOW = ("hour", "day", "days", "held", "clients", "service")
 """The parts of the page that change; each has its template, and the element with this id holds it."""
 SLOW_SECONDS = 5.0
@@ -257,6 +257,8 @@ class Renderer:
 
     def fragments(self, view: Mapping[str, Any], names: Iterable[str] = QUICK + SLOW) -> dict[str, str]:
         macros = self._templates["macros"].make_module(dict(view))
+        if view["status"].cluster is None:
+            names = [name for name in names if name != "site"]
         return {
             name: self._templates.get(name, self._templates["chart"]).render(view, m=macros, part=name)
             for name in names
