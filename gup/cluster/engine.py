@@ -75,15 +75,17 @@ class Engine:
         found = await self._call(self._client.xrange(self._keys[3]))
         return [(str(id_), str(fields.get("order", ""))) for id_, fields in found]
 
-    async def put_orders(self, sealed: Sequence[str]) -> None:
-        """Add orders that it has not; EngineError."""
-        if not sealed:
+    async def put_orders(self, sealed: Sequence[str], in_place_of: Sequence[str] = ()) -> None:
+        """Add orders that it has not, and remove entries with these ids; EngineError."""
+        if not sealed and not in_place_of:
             return
 
         async def put() -> None:
             async with self._client.pipeline(transaction=False) as pipe:
                 for text in sealed:
                     pipe.xadd(self._keys[3], {"order": text}, maxlen=_MOST_KEPT, approximate=True)
+                if in_place_of:
+                    pipe.xdel(self._keys[3], *in_place_of)
                 await pipe.execute()
 
         await self._call(put())

@@ -40,6 +40,8 @@ _SETTLE_SECONDS = 1.5
 _LEAST_SECONDS = 0.02
 """Between two beats."""
 _JUMP_MS = 1000
+_SEEN_SECONDS = 2.0
+"""After a jump of the engine's clock: by then every node that reaches the engine accepts the new time."""
 _AWAY_SECONDS = 2.0
 _FORGED_SECONDS = 60.0
 _CATCH_UP_SECONDS = 1.6
@@ -82,7 +84,9 @@ class ClusterDependencies:
     set_most: Callable[[int], None]
     time_offset: Callable[[], int]
     set_time_offset: Callable[[int], None]
-    """What to add to the monotonic ms to have the engine's time; 0: unknown."""
+    """What to add to the monotonic ms to have the engine's time; 0: unknown. That of before is accepted."""
+    accept_time_offset: Callable[[int], None]
+    """Another one that is accepted of members that ask."""
     book: "OrderBook | None" = None
     set_ordered: Callable[[], None] = lambda: None
     """Called when the orders have been caught up after the start, or could not be."""
@@ -118,6 +122,8 @@ class ClusterControl:
         self._answered_at, self._error = clock(), ""
         self._ever_answered = self._fell_back = False
         self._taken_since: float | None = None
+        self._jump: tuple[int, float] | None = None
+        """The offset after a jump of the engine's clock, and when it is used."""
         self._leaving = self._left = False
         self._wake, self._changed = asyncio.Event(), asyncio.Event()
         self._published: Members | None = None
@@ -158,9 +164,9 @@ class ClusterControl:
         self._leaving = True
         self._wake.set()
 
-    async def close(self) -> None:
-        """Call it when `run` has ended; says goodbye if there was no time for it."""
-        if not self._left:
+    async def close(self, *, stays: bool = False) -> None:
+        """Call it when `run` has ended; says goodbye if there was no time for it, unless the node `stays`."""
+        if not self._left and not stays:
             self._leaving = True
             await self._beat()
         await self._engine.close()
@@ -268,11 +274,21 @@ class ClusterControl:
                 yield row
 
     def _note_time(self, engine_ms: int, at_ns: int) -> None:
-        offset, known = engine_ms - at_ns // 1_000_000, self._deps.time_offset()
-        if not known or abs(offset - known) >= _JUMP_MS:
-            if known:
-                _log.warning("the engine's clock jumped by %d s", (offset - known) // 1000)
+        """The engine's time for questions to members. After a jump the new one is accepted at once, and used
+        only when the others must have seen it too: they would refuse a question with a time unknown to them.
+        """
+        offset, known, jump = engine_ms - at_ns // 1_000_000, self._deps.time_offset(), self._jump
+        if not known:
             self._deps.set_time_offset(offset)
+        elif abs(offset - known) < _JUMP_MS:
+            self._jump = None
+        elif jump is None or abs(offset - jump[0]) >= _JUMP_MS:
+            _log.warning("the engine's clock jumped by %d s", (offset - known) // 1000)
+            self._deps.accept_time_offset(offset)
+            self._jump = offset, self._clock() + _SEEN_SECONDS
+        elif self._clock() >= jump[1]:
+            self._deps.set_time_offset(offset)
+            self._jump = None
 
     # --- demand
 
@@ -364,10 +380,13 @@ class ClusterControl:
         return await self._prober.ask(member.name, address, signer, time_ms, 1.0, path, fields, most)
 
     async def _take_orders(self, sealed: Iterable[str]) -> None:
-        signer, orders = self._deps.signer(), []
+        signer, orders, known = self._deps.signer(), [], dict[str, None]()
         for text in sealed:
             unsealed = signer.unseal("order", text)
             if unsealed is None:
+                known = known or self._known_texts()
+                if text.partition(" ")[2] in known:
+                    continue  # signed with the secret of before
                 self.forged, self._forged_at = self.forged + 1, self._clock()
             elif (order := read_order(unsealed)) is not None:
                 orders.append(order)
@@ -375,19 +394,33 @@ class ClusterControl:
         await self.book.take(orders)
 
     async def _agree_with_engine(self) -> bool:
-        """Take what the engine has, and put back what it has lost; False without an answer."""
+        """Take what the engine has, and put back what it has lost; False without an answer.
+
+        Orders that are known here, and no longer signed since the secret was changed, are replaced.
+        """
         assert self.book is not None
         signer = self._deps.signer()
         try:
             found = await self._engine.orders()
             texts = {signer.unseal("order", text) for _, text in found}
             await self._take_orders(text for _, text in found)
-            own = [write_order(order) for order in self.book.log.orders]
-            await self._engine.put_orders([signer.seal("order", text) for text in own if text not in texts])
+            own = self._known_texts()
+            lost = [signer.seal("order", text) for text in own if text not in texts]
+            unsigned = [
+                id_
+                for id_, text in found
+                if text.partition(" ")[2] in own and signer.unseal("order", text) is None
+            ]
+            await self._engine.put_orders(lost, in_place_of=unsigned)
         except EngineError:
             return False
         self._last_order = found[-1][0] if found else "0"
         return True
+
+    def _known_texts(self) -> dict[str, None]:
+        """The orders that this node knows, in their order."""
+        assert self.book is not None
+        return dict.fromkeys(write_order(order) for order in self.book.log.orders)
 
     async def _tell_orders(self) -> tuple[str, ...]:
         """Tell all members what is known here; those that do not know it within a second."""

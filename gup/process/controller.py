@@ -159,7 +159,7 @@ class Controller(ChildProcess):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._cluster is not None:
-            await self._cluster.close()
+            await self._cluster.close(stays=self._leaves)
         if self._leaves:
             await self._control.leave()
         await self.cache.stop()  # sends events of its last commits to the control plane
@@ -203,6 +203,7 @@ class Controller(ChildProcess):
                 set_most=lambda most: words.__setitem__(WAN_MEMBERS, most),
                 time_offset=lambda: words[ENGINE_TIME],
                 set_time_offset=set_time_offset,
+                accept_time_offset=lambda offset: words.__setitem__(ENGINE_TIME_BEFORE, max(0, offset)),
                 book=OrderBook(run, cluster.node, lambda: self.engine_ms() / 1000, self._share_purges),
                 set_ordered=lambda: words.__setitem__(ORDERED, 1),
                 known=read_members(run),

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import time
+from unittest.mock import patch
 
 from aiohttp import web
 from harness.processes import free_port
@@ -29,8 +30,9 @@ UPSTREAM = Upstream(url="http://manager:8014")
 class Valkey:
     """The engine: started, killed, paused and emptied as on a bad day; its port stays."""
 
-    def __init__(self, folder):
-        self._folder = folder
+    def __init__(self, folder, *, password="", env=None):
+        """`env` is added to its environment."""
+        self._folder, self._password, self._env = folder, password, env or {}
         for _ in range(5):
             self.port = free_port()
             try:
@@ -42,7 +44,10 @@ class Valkey:
 
     def start(self):
         self.server = ValkeyServer(port=self.port, data_dir=self._folder, save="")
-        self.server.start()
+        with patch.dict(os.environ, self._env):
+            self.server.start()
+        with self.client() as client:
+            client.config_set("requirepass", self._password)
 
     def kill(self):
         self.server.terminate()
@@ -67,7 +72,7 @@ class Valkey:
 class Node:
     """One node's controller and, in its workers' place, what answers at its port."""
 
-    def __init__(self, name, engine_port, *, secret=SECRET, timeout="2s", known=ALONE, **settings):
+    def __init__(self, name, engine_port, *, secret=SECRET, timeout="2s", known=ALONE, book=None, **settings):
         self.name, self._socket = name, socket.create_server(("127.0.0.1", 0))
         self.port = self._socket.getsockname()[1]
         self.signer = Signer(SITE, (secret,))
@@ -84,10 +89,10 @@ class Node:
         )
         self.upstreams = [UPSTREAM]
         self.published, self.epoch = ALONE, 0
-        self.share, self.until_ns, self.most, self.offset = 0, 0, 0, 0
+        self.share, self.until_ns, self.most, self.offset, self.accepted_offset = 0, 0, 0, 0, 0
         self.paid, self.waiting = (0, 0, 0), frozenset()
         self.ready, self.refuses = True, set()
-        self.probed_by = []
+        self.probed_by, self.refused_times = [], 0
         self.control = ClusterControl(
             ClusterDependencies(
                 settings=self.settings,
@@ -103,6 +108,8 @@ class Node:
                 set_most=lambda most: setattr(self, "most", most),
                 time_offset=lambda: self.offset,
                 set_time_offset=lambda offset: setattr(self, "offset", offset),
+                accept_time_offset=lambda offset: setattr(self, "accepted_offset", offset),
+                book=book,
                 known=known,
             ),
             Engine(self.settings),
@@ -134,9 +141,12 @@ class Node:
         self._task = asyncio.create_task(self.control.run())
 
     async def _answer(self, request):
-        now = time.monotonic_ns() // 1_000_000 + self.offset if self.offset else int(time.time() * 1000)
-        asked = self.signer.verify_question(self.name, "GET", request.path_qs, request.headers.items(), [now])
+        monotonic_ms = time.monotonic_ns() // 1_000_000
+        now = monotonic_ms + self.offset if self.offset else int(time.time() * 1000)
+        times, fields = [now, monotonic_ms + self.accepted_offset], request.headers.items()
+        asked = self.signer.verify_question(self.name, "GET", request.path_qs, fields, times)
         question = asked.question if isinstance(asked, Refused) else asked
+        self.refused_times += isinstance(asked, Refused)
         if not isinstance(question, Question) or question.asker in self.refuses:
             return web.Response(status=403)
         self.probed_by.append(question.asker)

@@ -1,15 +1,22 @@
 """Nodes of a cluster as real services with two workers each; with a real engine, and an upstream in here."""
 
+import itertools
 import json
 import random
+import re
+import subprocess
+import threading
+import time
 import urllib.request
 from contextlib import ExitStack, contextmanager
 
 from cluster.nodes import Valkey
-from harness.content import content_path
-from harness.processes import free_port
+from harness.clients import fetch
+from harness.content import content_path, noise
+from harness.needs import program
+from harness.processes import free_port, until
 from harness.service import Gup
-from harness.upstreams import ScriptedUpstream
+from harness.upstreams import Answer, ScriptedUpstream
 
 from gup.cluster.order import ranked
 from gup.content.key import Variant
@@ -21,11 +28,10 @@ UNLIMITED = {"wan": {"rate": "0"}, "fill": {"range_wait": "100s"}}
 
 
 @contextmanager
-def running(folder):
-    """A site without nodes, to be started by the test."""
-    valkey = Valkey(folder / "valkey")
-    with valkey.client() as client:
-        client.config_set("requirepass", PASSWORD)
+def running(folder, valkey=None):
+    """A site without nodes, to be started by the test; with this engine, or one without TLS."""
+    if valkey is None:
+        valkey = Valkey(folder / "valkey", password=PASSWORD)
     try:
         with ScriptedUpstream() as upstream, ExitStack() as stack:
             yield Site(folder, valkey, upstream, stack)
@@ -40,8 +46,11 @@ class Site:
         self.folder, self.valkey, self.upstream, self.stack = folder, valkey, upstream, stack
         self.nodes = {}
 
-    def start(self, name, *, settings=None, **changes):
-        """A node called `name`; `settings` beside the cluster's, and `changes` of those."""
+    def start(self, name, *, settings=None, called=None, env=None, urls=None, workers=2, **changes):
+        """A node called `name`; `settings` beside the cluster's, and `changes` of those.
+
+        It is known here as `called`, where two have one name. `urls` are its upstreams.
+        """
         port = free_port()
         cluster = {
             "url": f"redis://127.0.0.1:{self.valkey.port}",
@@ -60,9 +69,15 @@ class Site:
             **(settings or {}),
             "cluster": cluster,
         }
-        gup = self.stack.enter_context(Gup(self.folder / name, [self.upstream.url], settings=settings))
-        self.nodes[name] = gup
-        return gup
+        made = Gup(
+            self.folder / (called or name),
+            [self.upstream.url] if urls is None else urls,
+            settings=settings,
+            env=env,
+            workers=workers,
+        )
+        self.nodes[called or name] = self.stack.enter_context(made)
+        return made
 
     def seen_by(self, name):
         """What this node's API says of the cluster."""
@@ -77,6 +92,17 @@ class Site:
     def asked_by(self, name):
         members = self.seen_by(name)["members"]
         return {member["name"] for member in members if member["askable"]} - {name}
+
+    def lists(self):
+        """The members that each node had besides itself, one list after the other."""
+        told = {name: re.findall(r"members besides \w: (.*)", node.log) for name, node in self.nodes.items()}
+        return {name: [one for one, _ in itertools.groupby(texts)] for name, texts in told.items()}
+
+    def alarmed(self, name="engine-away"):
+        return all(node.alarms(name) for node in self.nodes.values())
+
+    def quiet(self, name="engine-away"):
+        return not any(node.alarms(name) for node in self.nodes.values())
 
     def all_ask_all(self):
         names = set(self.nodes)
@@ -97,3 +123,76 @@ def owned_by(name, count, size, *, names=("a", "b", "c")):
         if order(path, names)[0] == name:
             found[path] = random.Random(path).randbytes(size)
     return found
+
+
+def other_clock(offset=""):
+    """What a process has in its environment for another wall clock: needs faketime."""
+    command = [program("faketime"), "-m", "-f", "+0", "printenv", "LD_PRELOAD"]
+    library = subprocess.check_output(command, text=True).strip()
+    found = {"LD_PRELOAD": library, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKE_UTIME": "1"}
+    return found | ({"FAKETIME": offset} if offset else {})
+
+
+class Load:
+    """Clients that ask every node for one new file after the other, until `stop`; each answer is compared."""
+
+    BODY = noise("load", 200_000)
+
+    def __init__(self, site, clients=2):
+        self._site, self._stopping = site, threading.Event()
+        self.paths, self.failures, self.seconds = [], [], []
+        """`paths` were asked for at all nodes; `seconds` is how long each answer took."""
+        self._threads = [
+            threading.Thread(target=self._ask, args=(1_000_000 * first,)) for first in range(clients)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, number):
+        while not self._stopping.is_set():
+            number += 1
+            path = content_path("full.dax", f"{{535CB6A4-441F-4E8A-A897-804D{number:08d}}}")
+            self._site.upstream.answer(path, Answer(self.BODY, etag='"a"'))
+            for name, node in list(self._site.nodes.items()):
+                began = time.monotonic()
+                try:
+                    answer = fetch(node.data, path)
+                    if (answer.status, answer.body) != (200, self.BODY):
+                        self.failures.append((name, path, answer.status, answer.fields))
+                except Exception as error:  # noqa: BLE001 - whatever it is, it is a failure
+                    self.failures.append((name, path, repr(error)))
+                self.seconds.append(time.monotonic() - began)
+            self.paths.append(path)
+
+    def more(self, count=3, timeout_seconds=60):
+        """Until so many more files were asked for at all nodes."""
+        goal = len(self.paths) + count
+        until(lambda: len(self.paths) >= goal or self.failures, "more requests", timeout_seconds)
+
+    def stop(self):
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+    def fetches(self):
+        """How often upstream was asked for each file."""
+        return [len(self._site.upstream.requests(path)) for path in self.paths]
+
+
+@contextmanager
+def loaded(site, *, most=1, **how):
+    """Load meanwhile: every answer is whole, and no file crosses the WAN more often than `most`."""
+    load = Load(site, **how)
+    try:
+        load.more()
+        yield load
+        load.more()
+    finally:
+        load.stop()
+    fetches = load.fetches()
+    print(  # noqa: T201 - the figures
+        f"{len(load.seconds)} answers, the slowest after {max(load.seconds):.2f} s; "
+        f"{len(load.paths)} files, {sum(fetches) / len(fetches):.3f} fetches each"
+    )
+    assert load.failures == []
+    assert max(fetches) <= most

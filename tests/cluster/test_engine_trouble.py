@@ -1,74 +1,35 @@
-"""What clients see while the engine is killed, emptied, paused, slow, or given another password: nothing."""
+"""What clients see while the engine is killed, emptied, paused, slow, or given another password: nothing.
+
+Nor when its clock jumps, with TLS, and when a replica takes over.
+"""
 
 import contextlib
-import itertools
-import re
-import signal
-import threading
 import time
 from pathlib import Path
 
 import pytest
-from cluster.services import PASSWORD, UNLIMITED, running
-from harness.clients import fetch
-from harness.content import content_path, noise
+from cluster.engines import redis_with_tls, replicated
+from cluster.nodes import Valkey
+from cluster.relay import Relay
+from cluster.services import PASSWORD, UNLIMITED, loaded, other_clock, running
 from harness.processes import until
-from harness.upstreams import Answer
+from harness.upstreams import Authority
 
-BODY = noise("engine", 200_000)
+NODES = ("a", "b")
+
+
+def start(site, **how):
+    for name in NODES:
+        site.start(name, settings=UNLIMITED, **how)
+    until(site.all_ask_all, "all ask all", 30)
+    until(lambda: [texts[-1] for texts in site.lists().values()] == ["b", "a"], "it is in the logs")
 
 
 @pytest.fixture
 def site(tmp_path):
     with running(tmp_path) as site:
-        for name in ("a", "b"):
-            site.start(name, settings=UNLIMITED)
-        until(site.all_ask_all, "all ask all", 30)
-        until(lambda: [texts[-1] for texts in lists(site).values()] == ["b", "a"], "it is in the logs")
+        start(site)
         yield site
-
-
-@contextlib.contextmanager
-def asking(site):
-    """A client at each node asks for something new all the time: all must come whole, from one fetch."""
-    stopping, failures, paths = threading.Event(), [], set()
-
-    def ask(number):
-        while not stopping.is_set():
-            number += 1
-            path = content_path("full.dax", f"{{535CB6A4-441F-4E8A-A897-804D{number:08d}}}")
-            site.upstream.answer(path, Answer(BODY, etag='"a"'))
-            paths.add(path)
-            for node in list(site.nodes.values()):
-                answer = fetch(node.data, path)
-                if answer.status != 200 or answer.body != BODY:
-                    failures.append((path, answer.status))
-
-    threads = [threading.Thread(target=ask, args=(1_000_000 * first,)) for first in range(2)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield paths
-    finally:
-        stopping.set()
-        for thread in threads:
-            thread.join()
-    assert not failures
-    assert {path: len(site.upstream.requests(path)) for path in paths} == dict.fromkeys(paths, 1)
-
-
-def alarmed(site, name="engine-away"):
-    return all(node.alarms(name) for node in site.nodes.values())
-
-
-def quiet(site, name="engine-away"):
-    return not any(node.alarms(name) for node in site.nodes.values())
-
-
-def lists(site):
-    """The members that each node had, one after the other."""
-    told = {name: re.findall(r"members besides \w: (.*)", node.log) for name, node in site.nodes.items()}
-    return {name: [one for one, _ in itertools.groupby(texts)] for name, texts in told.items()}
 
 
 def is_filled(site):
@@ -77,57 +38,169 @@ def is_filled(site):
         return len(client.keys("gup:{lyon}:*")) > 0
 
 
-LONG = [(trouble, 30) for trouble in ("killed", "paused", "password")]
+# --- it is away: each trouble until it is over
 
 
-@pytest.mark.parametrize(
-    ("trouble", "seconds"), [pytest.param(*row, marks=pytest.mark.long) for row in [("paused", 3), *LONG]]
-)
-def test_no_client_notices_that_the_engine_is_away(site, trouble, seconds):
-    before = lists(site)
-    with asking(site) as paths:
-        until(lambda: len(paths) > 2, "some requests")
-        if trouble == "killed":
-            site.valkey.kill()
-        elif trouble == "paused":
-            site.valkey.send(signal.SIGSTOP)
-        else:
-            with site.valkey.client(PASSWORD) as client:
-                client.config_set("requirepass", "another one")
-                for id_ in [row["id"] for row in client.client_list(_type="normal")]:
-                    if id_ != str(client.client_id()):
-                        client.client_kill_filter(_id=id_)
-        asked = len(paths)
-        until(lambda: alarmed(site), "an alarm of each node", 30)
-        began = time.monotonic()
-        until(lambda: time.monotonic() - began >= seconds and len(paths) > asked + 2, "more requests", 60)
-        if trouble == "killed":
-            site.valkey.start()
-            with site.valkey.client() as client:
-                client.config_set("requirepass", PASSWORD)
-        elif trouble == "paused":
-            site.valkey.send(signal.SIGCONT)
-        else:
-            with site.valkey.client("another one") as client:
-                client.config_set("requirepass", PASSWORD)
-        until(lambda: quiet(site), "the alarm ends", 30)
-        asked = len(paths)
-        until(lambda: len(paths) > asked + 2, "more requests")
+@contextlib.contextmanager
+def killed(site):
+    site.valkey.kill()
+    yield
+    site.valkey.start()
+
+
+@contextlib.contextmanager
+def paused(site):
+    with site.valkey.paused():
+        yield
+
+
+@contextlib.contextmanager
+def other_password(site):
+    with site.valkey.client(PASSWORD) as client:
+        client.config_set("requirepass", "another one")
+        for id_ in [row["id"] for row in client.client_list(_type="normal")]:
+            if id_ != str(client.client_id()):
+                client.client_kill_filter(_id=id_)
+    yield
+    with site.valkey.client("another one") as client:
+        client.config_set("requirepass", PASSWORD)
+
+
+def while_it_is_away(site, trouble, seconds):
+    """Clients see nothing of it, an alarm tells it at each node, and then all is as before."""
+    before = site.lists()
+    with loaded(site) as load:
+        with trouble:
+            until(site.alarmed, "an alarm of each node", 30)
+            began = time.monotonic()
+            load.more()
+            until(lambda: time.monotonic() - began >= seconds, "the trouble lasts", 60)
+            load.more()
+        until(site.quiet, "the alarm ends", 30)
+        until(lambda: all(site.seen_by(name)["engine_error"] is None for name in NODES), "all beat again")
     assert site.all_ask_all()
-    assert lists(site) == before, "no list has changed"
+    assert site.lists() == before, "no list has changed"
     assert not any(PASSWORD in node.log or "another one" in node.log for node in site.nodes.values())
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("trouble", "seconds"), [(paused, 3), (killed, 30), (paused, 30), (other_password, 30)]
+)
+def test_no_client_notices_that_the_engine_is_away(site, trouble, seconds):
+    while_it_is_away(site, trouble(site), seconds)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("delay_seconds", [0.2, 2.0])
+def test_no_client_notices_that_the_engine_is_slow(tmp_path, delay_seconds):
+    @contextlib.contextmanager
+    def slow(relay):
+        relay.delay_seconds = delay_seconds
+        yield
+        relay.delay_seconds = 0.0
+
+    with running(tmp_path) as site, Relay(site.valkey.port) as relay:
+        start(site, url=f"redis://127.0.0.1:{relay.port}")
+        while_it_is_away(site, slow(relay), 10)
+
+
+# --- it is there, and not as before
+
+
 def test_no_client_notices_that_the_engine_was_emptied(site):
-    before = lists(site)
-    with asking(site) as paths:
+    before = site.lists()
+    with loaded(site) as load:
         with site.valkey.client(PASSWORD) as client:
             client.flushall()
         until(lambda: is_filled(site), "the nodes fill it again", 30)
-        asked = len(paths)
-        until(lambda: len(paths) > asked + 5, "more requests")
+        load.more()
     assert site.all_ask_all()
-    assert lists(site) == before
+    assert site.lists() == before
+
+
+@pytest.mark.long
+@pytest.mark.needs("faketime")
+def test_no_client_notices_that_the_engine_s_clock_jumps(tmp_path):
+    """An hour and more, back and forth; a node that is killed meanwhile is forgotten all the same."""
+    offset = tmp_path / "offset"
+    offset.write_text("+0")
+    env = other_clock() | {"FAKETIME_TIMESTAMP_FILE": str(offset), "FAKETIME_NO_CACHE": "1"}
+    valkey = Valkey(tmp_path / "valkey", password=PASSWORD, env=env)
+    with running(tmp_path, valkey) as site:
+        start(site)
+        before = site.lists()
+
+        def jump(text):
+            told = {name: node.log.count("clock jumped") for name, node in site.nodes.items()}
+            offset.write_text(text)
+            for name, node in site.nodes.items():
+                until(lambda name=name, node=node: node.log.count("clock jumped") > told[name], "it is seen")
+
+        with loaded(site) as load:
+            for number, text in enumerate(("-3600", "-7200", "+3600", "-1800", "+7200", "+1800")):
+                jump(text)
+                load.more(200 if number % 2 else 10)  # also within the time in which it is not used yet
+                assert site.quiet()
+        assert site.lists() == before
+        assert site.all_ask_all()
+        lost = site.nodes.pop("b")
+        lost.kill()
+        until(lambda: not site.seen_by("a")["members"][1:], "the list is right", 30)
+        site.nodes["b"] = lost
+        lost.start()
+        until(site.all_ask_all, "all ask all", 30)
+
+
+@pytest.mark.long
+@pytest.mark.needs("redis")
+def test_with_tls_it_is_an_engine_like_any_other(tmp_path):
+    """Redis. And one with a certificate of somebody else is told, and not used."""
+    authority, other = Authority(tmp_path / "tls"), Authority(tmp_path / "other", "another one")
+    redis = redis_with_tls(tmp_path / "redis", authority, PASSWORD)
+    with running(tmp_path, redis) as site:
+        how = {"url": f"rediss://127.0.0.1:{redis.port}", "settings": UNLIMITED}
+        for name in NODES:
+            site.start(name, ca_file=str(authority.ca), **how)
+        until(site.all_ask_all, "all ask all", 30)
+        with loaded(site):
+            redis.kill()
+            redis.start()
+        until(lambda: all(site.seen_by(name)["engine_error"] is None for name in NODES), "all beat again", 30)
+        astray = site.start("c", ca_file=str(other.ca), **how)
+        until(lambda: astray.alarms("engine-away"), "an alarm", 30)
+        assert "certificate verify failed" in astray.alarms("engine-away")[0]["text"]
+        assert PASSWORD not in astray.log
+
+
+@pytest.mark.long
+def test_no_client_notices_that_a_replica_takes_over(tmp_path):
+    """The primary is killed; comes back as a replica; and is made the primary again by hand."""
+    with replicated(tmp_path / "engines", PASSWORD) as engines, running(tmp_path, engines.first) as site:
+        start(site, **engines.settings)
+        before = site.lists()
+
+        def followed(one):
+            until(lambda: engines.primary is one, "it is the primary", 60)
+
+            def rows():
+                with one.client(PASSWORD) as client:
+                    return client.zcard("gup:{lyon}:members") == len(NODES)
+
+            until(rows, "all beat there", 60)
+
+        with loaded(site) as load:
+            engines.first.kill()
+            followed(engines.second)
+            load.more()
+            engines.first.start()
+            until(engines.is_whole, "the first is a replica", 60)
+            with engines.sentinel.client() as client:
+                client.sentinel_failover("gup")
+            followed(engines.first)
+        until(site.quiet, "no alarm", 30)
+        assert site.all_ask_all()
+        assert site.lists() == before
 
 
 def test_workers_have_no_connection_to_the_engine(site):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,21 @@ def test_a_controller_that_is_killed_changes_no_list(site):
     os.kill(controller, signal.SIGKILL)
     until(lambda: set(one.children()) - set(one.workers()) not in ({controller}, set()), "a successor", 30)
     until(lambda: one.admin and site.all_ask_all(), "both ask each other", 30)
+    assert two.log.count("members besides b") == before, "b saw no change"
+
+
+def test_a_node_whose_processes_are_replaced_changes_no_list(site):
+    settings = {"workers": {"count": 2}}
+    for name in ("a", "b"):
+        site.start(name, settings=settings, workers=None)
+    until(site.all_ask_all, "both ask each other", 30)
+    one, two = site.nodes.values()
+    two.wait_log("members besides b: a\n")
+    before, status = two.log.count("members besides b"), one.status()
+    in_file = tomllib.loads((one.folder / "gup.toml").read_text())
+    one.reload(**in_file | {"workers": {"count": 1}})
+    one.wait_replaced(status, 1)
+    until(lambda: site.all_ask_all() and not site.seen_by("a")["alone"], "both ask each other", 30)
     assert two.log.count("members besides b") == before, "b saw no change"
 
 
