@@ -56,7 +56,9 @@ def status(*, where: Where, json_output: JsonFlag = False) -> None:
         for line in status_lines(answer):
             typer.echo(line)
         if answer["cluster"] is not None:
-            show_table(_MEMBERS, (*answer["cluster"]["members"], *answer["cluster"]["gone"]))
+            members = (*answer["cluster"]["members"], *answer["cluster"]["gone"])
+            show_table(_MEMBERS, members)
+            show_table(_MOVED, members)
         show_table(_UPSTREAMS, answer["upstreams"])
         show_table(_FILLS, answer["fills"])
         failures = answer["failures"]
@@ -155,14 +157,18 @@ _OLD_SECONDS = 3.0
 _MEMBERS: Columns = {
     "member": "name",
     "state": _member_state,
+    "orders": _orders,
+    "address": "address",
+}
+_MOVED: Columns = {
+    "member": "name",
     "#WAN share": _share,
     "#to clients": _moved("client_sent"),
     "#over the WAN": _moved("upstream_received"),
     "#from members": _moved("peer_received"),
     "#to members": _moved("peer_sent"),
-    "orders": _orders,
-    "address": "address",
 }
+"""Beside the one above, a table of its own: both fit a terminal of 80 columns."""
 
 
 def _state(upstream: Row) -> str:

@@ -47,10 +47,13 @@ def test_each_gup_shows_the_site_as_one_and_every_gup_of_it(site):
         said = on(gup, "status").stdout
         assert f"all gups: {flow}\n" in said
         rows = [line.split() for line in said.splitlines() if line.startswith(("a ", "b ", "c "))]
-        assert [row[:2] for row in rows] == [[name, "ready"] for name in "abc"]
+        assert [row[:3] for row in rows[:3]] == [[name, "ready", "confirmed"] for name in "abc"]
         check_its_own_savings(gup, *moved[name][:2])
-    for one, way, other in (("a", "sent", "b"), ("b", "received", "a")):
-        assert site.nodes[one].metrics()(f"gup_peer_{way}_bytes_total", member=other) == total
+    check_members_have_their_bytes(site, total)
+    site.nodes["b"].stop()
+    site.nodes["b"].start()
+    until(site.all_ask_all, "b is back", 30)
+    check_members_have_their_bytes(site, total)
     check_the_loss_of_one(site, sums)
 
 
@@ -69,6 +72,11 @@ def check_its_own_savings(gup, sent, received):
     assert metrics("gup_upstream_received_bytes_total") == received
     assert sum(metrics.series("gup_stream_received_bytes_total").values()) == received
     assert metrics("gup_cluster_members") == 3
+
+
+def check_members_have_their_bytes(site, total):
+    for one, way, other in (("a", "sent", "b"), ("b", "received", "a")):
+        assert site.nodes[one].metrics()(f"gup_peer_{way}_bytes_total", member=other) == total
 
 
 def check_the_loss_of_one(site, sums):

@@ -119,7 +119,7 @@ def test_the_site_part_tells_each_gup_and_escapes_what_others_say():
         site=ATTACK,
         node="a",
         alone=False,
-        engine_error=ATTACK,
+        engine_error=None,
         wan_rate_bytes_per_second=1_000_000,
         members=[
             member("a"),
@@ -139,9 +139,9 @@ def test_the_site_part_tells_each_gup_and_escapes_what_others_say():
     rows = dict(re.findall(r'<tr data-member="([^"]*)">(.*?)</tr>', html, re.DOTALL))
     texts = [" ".join(re.sub("<[^>]*>", " ", row).split()).replace(SPACE, " ") for row in rows.values()]
     a, b, c, d, e, f = texts
-    assert a == "a this one http://a:2969 ready 100 kB/s share 250 kB/s 7.0 kB 3.0 kB 0 B 0 B \N{EN DASH}"
-    assert [word for word in ("not reached", "2 unconfirmed") if word not in b] == []
-    assert "differs its upstreams differ figures of 12 s ago" in c
+    assert a == "a this one http://a:2969 ready 100 kB/s share 250 kB/s 7.0 kB 3.0 kB 0 B 0 B confirmed"
+    assert [word for word in ("unreachable", "2 unconfirmed") if word not in b] == []
+    assert "unlike its upstreams differ; figures of 12 s ago" in c
     assert c.endswith("confirmed")
     assert d == "d http://d:2969 unknown - 0 B 0 B 0 B 0 B -".replace("-", "\N{EN DASH}")
     assert (

@@ -119,7 +119,7 @@ def take(url: str, folder: Path) -> None:
 
 
 def take_site(folder: Path, out: Path) -> None:
-    """The beginning of one gup's page, of three that are one cache: one was killed a while ago."""
+    """The beginning of one gup's page, of three that are one cache: one has just stopped."""
     names = ("gup-1", "gup-2", "gup-3")
     with running(folder) as site, browser() as page:
         for name in names:
@@ -132,13 +132,15 @@ def take_site(folder: Path, out: Path) -> None:
             site.upstream.answer(path, Answer(body, etag='"a"'))
             for gup in site.nodes.values():
                 assert gup.get(path).body == body
-        first, dead, _ = site.nodes.values()
-        dead.kill()
-        until(lambda: site.seen_by("gup-1")["gone"], "it is gone", 30)
+        sent = sum(3 * len(body) for body in made.values())
+        until(lambda: site.seen_by("gup-1")["sums"]["sent_bytes"] == sent, "all figures are told", 30)
+        first, stopped, _ = site.nodes.values()
+        stopped.stop()
+        until(lambda: site.seen_by("gup-1")["gone"], "it has stopped", 30)
         page.look(width=1280)
         page.open(first.admin_url + "/")
         until(lambda: page.run("return document.getElementById('live').textContent") == "live", "live")
-        page.picture(out / "page-site.png", height=640)
+        page.picture(out / "page-site.png", height=570)
 
 
 def main() -> None:
