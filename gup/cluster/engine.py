@@ -111,6 +111,9 @@ class Engine:
         finally:
             if asyncio.iscoroutine(call):
                 call.close()  # if it was not awaited
+            # asyncio.wait_for, which redis uses, may swallow a cancellation before Python 3.12 (gh-86296).
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise asyncio.CancelledError
 
     async def _drop(self) -> None:
         self._connected = False

@@ -47,6 +47,24 @@ async def test_a_call_that_takes_too_long_has_failed_and_the_next_one_is_right(v
     await engine.close()
 
 
+async def test_who_is_cancelled_ends_at_whatever_moment(valkey):
+    """asyncio.wait_for, which redis uses, loses some cancellations before Python 3.12."""
+    engine = Engine(settings(valkey.port))
+
+    async def ask_on():
+        while True:
+            await beat(engine)
+
+    for turns in range(60):
+        asking = asyncio.create_task(ask_on())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait({asking}, timeout=0.5)
+        assert asking.cancelled(), turns
+    await engine.close()
+
+
 async def test_what_is_no_engine_is_told(unused_port_of_a_talker):
     engine = Engine(settings(unused_port_of_a_talker))
     with pytest.raises(EngineError):
