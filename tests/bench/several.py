@@ -1,20 +1,23 @@
 """Three gups of one site beside one gup, on the same cores: what the cluster takes of the throughput."""
 
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 from cluster.nodes import Valkey
+from harness.content import content_path
 from harness.processes import free_port, until
 
 from bench.measure import Chosen, Table, cpu_seconds, median, verdict, wrk
-from bench.rig import KIB, MIB, put, rig, sized_path
+from bench.rig import KIB, MIB, Rig, fetch, put, rig, sized_path
 from bench.servers import GupCache
 
 NODES = ("a", "b", "c")
 CELLS = {"4 KiB": 4 * KIB, "64 KiB": 64 * KIB, "1 MiB": MIB}
 CONNECTIONS = 63
+FILES = 60
 _LEAST = 0.85
 
 
@@ -58,6 +61,40 @@ def _load(servers: list[GupCache], path: str, seconds: float) -> tuple[float, fl
     return sum(run.requests_per_second for run in runs), spent * 1e6 / sum(run.requests for run in runs)
 
 
+def _fill(servers: list[GupCache], paths: list[str]) -> tuple[float, float]:
+    """Three clients ask for each of these at once, of one gup or of a node each: seconds, and CPU seconds."""
+    pids = {pid for server in servers for pid in server.pids()}
+    before, began = cpu_seconds(pids), time.monotonic()
+    with ThreadPoolExecutor(len(NODES)) as threads:
+        for path in paths:
+            list(
+                threads.map(
+                    lambda number, path=path: fetch(servers[number % len(servers)].port, path), range(3)
+                )
+            )
+    return time.monotonic() - began, cpu_seconds(pids) - before
+
+
+def _cold(site: Rig, kinds: dict[str, list[GupCache]], rounds: int) -> Table:
+    """New bodies each round: each is fetched once, and of the three each node stores it."""
+    table = Table(
+        f"{FILES} new bodies of 1 MiB, each asked for by three clients at once",
+        ["", "one gup", "three nodes", "three / one"],
+    )
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    for number in range(2 * rounds):
+        kind = sorted(kinds)[number % 2]
+        paths = [
+            put(site.tree, content_path("full.dax", revision=f"26{number:03d}{n:04d}"), MIB)
+            for n in range(FILES)
+        ]
+        found[kind].append(_fill(kinds[kind], paths))
+    for at, what in enumerate(("seconds", "CPU seconds")):
+        one, three = (median([run[at] for run in found[kind]]) for kind in ("one", "three"))
+        table.add(what, f"{one:.2f}", f"{three:.2f}", f"{three / one:.2f}")
+    return table
+
+
 def run(folder: Path, rounds: int, seconds: float, chosen: Chosen) -> list[Table]:
     table = Table(
         f"Warm hits of three nodes and of one gup, two workers each, {CONNECTIONS} connections in all",
@@ -93,6 +130,7 @@ def run(folder: Path, rounds: int, seconds: float, chosen: Chosen) -> list[Table
                     f"{cpus['three'] / cpus['one']:.2f}",
                 )
                 sys.stdout.write(f"{name}: done\n")
+            cold = [_cold(site, {"one": [one], "three": nodes}, rounds)] if chosen("cold") else []
         finally:
             site.servers[:] = [one]
-    return [table]
+    return [*([table] if table.rows else []), *cold]
