@@ -92,9 +92,9 @@ dashboards: $(VENV)/.installed
 	PYTHONPATH=deploy/grafana $(BIN)/python -m gup_dashboards
 
 # Side by side with nginx and Varnish; needs Debian's nginx, wrk and varnish, root for a fresh disk, and a machine
-# that does nothing else. PART is all, warm, herd, scale or cold; CELLS are some of its cells: the beginnings of
-# their names, with or without @connections, as CELLS='10 MB@8, ranges@64' or CELLS='100 KB' (PART=cold ROUNDS=1:
-# the quickest look). Results stay in build/bench.
+# that does nothing else. PART is all, warm, herd, scale, cold or several; CELLS are some of its cells: the
+# beginnings of their names, with or without @connections, as CELLS='10 MB@8, ranges@64' or CELLS='100 KB'
+# (PART=cold ROUNDS=1: the quickest look). Results stay in build/bench.
 PART ?= all
 ROUNDS ?= 5
 CELLS ?=

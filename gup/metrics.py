@@ -98,7 +98,7 @@ _TTFB_HELP = "From a request's head to the first byte of content, hot hits left 
 _DOWNLOADS_HELP = "Bodies over 256 KiB being sent, index files left out."
 _UP_HELP = "Whether content is requested from the upstream; 0 while it is down."
 _RULES_HELP = "Requests that a rule refused or would refuse."
-_LIMIT_HELP = "Limit in force; absent when unlimited."
+_LIMIT_HELP = "Limit in force, in a cluster an equal part of the site's; absent when unlimited."
 _STORM_HELP = "Whether clients ask for fulls where deltas exist."
 
 METRICS: tuple[Metric, ...] = (

@@ -83,7 +83,7 @@ def status_lines(status: Row) -> Iterator[str]:
         yield f"{since.replace('_', ' ')}: {flow}{share}{hits}"
     size, limit, free = (bytes_in_words(cache[name]) for name in ("size_bytes", "limit_bytes", "free_bytes"))
     yield f"cache: {cache['entries']} entries, {size} of {limit}, {free} free on disk"
-    rate = status["wan_rate_bytes_per_second"]
+    rate = (status["cluster"] or status)["wan_rate_bytes_per_second"]
     yield f"WAN: {format_rate(rate) if rate else 'unlimited'}"
     if (cluster := status["cluster"]) is not None:
         yield printable(cluster_line(cluster))

@@ -39,6 +39,8 @@ class _Sample(NamedTuple):
 
 
 _WINDOW_SECONDS = 0.5
+_ENDED_SECONDS = 0.1
+"""What neither waits for the WAN nor reads from it for so long has ended: others get its share."""
 _LIMITED = 0.9
 _HEADROOM = 1.25
 
@@ -63,7 +65,16 @@ class Demand:
         waits = [sum(each in sample.waiting for sample in samples) for each in range(CLASSES)]
         limited = sum(used) >= _LIMITED * share or max(waits) * 2 >= len(samples)
 
+        recent = [sample for sample in samples if sample.at > now - _ENDED_SECONDS]
+        before = next((sample for sample in reversed(samples) if sample.at <= now - _ENDED_SECONDS), None)
+
         def wants(each: int) -> int:
+            if (
+                before is not None
+                and before.paid[each] == paid[each]
+                and not any(each in sample.waiting for sample in recent)
+            ):
+                return 0
             begins = each in waiting and not used[each]
             if begins or (limited and (waits[each] or used[each])):
                 return rate

@@ -293,13 +293,13 @@ class ClusterControl:
     # --- demand
 
     async def _watch(self) -> None:
-        """Follow how much of the WAN is wanted; where demand begins, a beat tells it at once."""
+        """Follow how much of the WAN is wanted; where demand begins or ends, a beat tells it at once."""
         while True:
             deps, before = self._deps, self._wanted
             self._wanted = self._demand.look(
                 self._clock(), deps.paid(), deps.waiting(), self.share, deps.rate()
             )
-            if any(now and not then for now, then in zip(self._wanted, before, strict=True)):
+            if any(bool(now) != bool(then) for now, then in zip(self._wanted, before, strict=True)):
                 self._wake.set()
             await asyncio.sleep(_WATCH_SECONDS)
 

@@ -169,10 +169,12 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
         "held": newest_times(state.index.rows.newest_held(), state.label),
         "requested": newest_times(state.traffic.newest(), state.label),
     }
-    limits = {"upstream": dependencies.wan_rate(), "client": settings.clients.rate}
+    cluster = dependencies.cluster
+    members = len(cluster.membership.members()) + 1 if cluster is not None else 1
+    # Of the site's rate the equal part: shares of a moment would not add up to it.
+    limits = {"upstream": dependencies.site_rate() // members, "client": settings.clients.rate}
     rates = [({"direction": name}, limit) for name, limit in limits.items() if limit]
     labels, upstreams = state.slot_labels(), dependencies.upstream_states()
-    cluster = dependencies.cluster
     return {
         **stream_bytes(totals, labels),
         **newest_and_storms(newest, storms, labels),
@@ -189,6 +191,6 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
         "gup_start_time_seconds": [({}, dependencies.started_at)],
         "gup_build_info": [({"version": gup.__version__, "python": platform.python_version()}, 1)],
         **(peer_bytes(totals, cluster.slots) if cluster is not None else {}),
-        "gup_cluster_members": [({}, len(cluster.membership.members()) + 1)] if cluster is not None else [],
+        "gup_cluster_members": [({}, members)] if cluster is not None else [],
         "gup_site_info": [({"site": settings.site.name}, 1)],
     }

@@ -19,7 +19,7 @@ from bench.measure import Chosen, save
 from bench.rig import disk_kind
 from bench.servers import CORES, PACKAGES, program, versions
 
-PARTS = ("warm", "herd", "scale", "cold")
+PARTS = ("warm", "herd", "scale", "cold", "several")
 
 
 def machine() -> dict[str, str]:

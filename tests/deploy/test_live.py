@@ -143,7 +143,8 @@ ROW = ("Members", "Between members", "Each gup's part")
 def test_the_row_of_a_cluster_and_the_savings_of_its_site(tmp_path):
     """Of three gups with one site: each query of the row has a series of each, and savings are the site's."""
     with running(tmp_path / "site") as site:
-        gups = [site.start(name, settings=UNLIMITED) for name in ("a", "b", "c")]
+        limited = UNLIMITED | {"wan": {"rate": "30MB/s"}}
+        gups = [site.start(name, settings=limited) for name in ("a", "b", "c")]
         until(site.all_ask_all, "all ask all", 30)
         with Prometheus(tmp_path / "prometheus", {"lyon": [gup.admin for gup in gups]}) as prometheus:
             until(lambda: prometheus.query("site:gup_client_sent_bytes:sum == 0"), "a scrape before", 30)
@@ -171,4 +172,18 @@ def test_the_row_of_a_cluster_and_the_savings_of_its_site(tmp_path):
                 "saved",
                 30,
             )
+            until(lambda: idle(site), "no gup has more than a hundredth", 30)
+            at = time.time()
+            scraped = f"count(timestamp(gup_build_info) > {at}) == 3"
+            until(lambda: prometheus.query(scraped), "scrapes of idle gups", 30)
+            limit = 'sum(gup_bandwidth_limit_bytes_per_second{direction="upstream"})'
+            assert float(prometheus.query(limit)[0]["value"][1]) == 30_000_000, "though each idles"
             assert prometheus.query("ALERTS") == []
+            wrong = [words for words in problems_of_panels(prometheus, began) if " series for " not in words]
+            assert wrong == [], "no query that takes a site for one gup"
+            assert [rule["name"] for rule in prometheus.rules() if rule["health"] != "ok"] == []
+
+
+def idle(site):
+    shares = [member["share_bytes_per_second"] for member in site.seen_by("a")["members"]]
+    return None not in shares and max(shares) <= 100_000

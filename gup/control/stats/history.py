@@ -384,7 +384,7 @@ class Recorder:
         self.wan.see(sums[RECEIVED], now)
         self.clients.see(sums[SENT], now)
         wan, clients = self.wan.bytes_per_second(), self.clients.bytes_per_second()
-        self._gauges.note(Point(wan, clients, self._dependencies.wan_rate(), entries_bytes))
+        self._gauges.note(Point(wan, clients, self._dependencies.site_rate(), entries_bytes))
 
     async def write(self) -> None:
         async with self._writing:
