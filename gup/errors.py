@@ -88,6 +88,7 @@ PROBLEMS: dict[str, ProblemType] = {
     "loop": ProblemType(508, "The request has passed through this node before"),
     # At the end: shared memory has their numbers, also that of an earlier version before `gup upgrade`.
     "queue-full": ProblemType(503, "Too much content is being fetched at once"),
+    "on-hold": ProblemType(403, "An operator has put this revision on hold"),
 }
 
 

@@ -318,7 +318,7 @@ class Import:
                     raise ArchiveError("it is being fetched; import it again later")
                 if self._is_present(key):
                     return
-                order = Purges(store.run).known  # it comes after every purge so far
+                order = Purges(store.run).stamp  # it comes after every purge so far
                 record = replace(record, pinned=False, generation=int(self.now * 1_000_000_000), order=order)
                 store.drop_parts(key.id)
                 temporary.rename(store.part_path(key.id, record.generation))

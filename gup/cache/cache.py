@@ -64,12 +64,18 @@ class Cache:
     # --- opening
 
     async def open(
-        self, route: Route, variant: Variant, passed: tuple[str, ...] = (), client: str = ""
+        self,
+        route: Route,
+        variant: Variant,
+        passed: tuple[str, ...] = (),
+        client: str = "",
+        *,
+        background: bool = False,
     ) -> Opened:
         """The body of `route` for clients of `variant`. Problem when it can't be had.
 
         `passed` are the gups that the request came through: a fill begun for it passes them upstream.
-        `client` is its address.
+        `client` is its address. `background`: no client waits for it, but another member's background fill.
         """
         for key in route.keys(variant):
             fill = self._current(key)
@@ -88,7 +94,7 @@ class Cache:
             return await self._revalidated(entry, route, variant, passed, client)
         key = route.key(variant)
         try:
-            return await self._filled(key, route, variant, passed, client)
+            return await self._filled(key, route, variant, passed, client, background=background)
         except Problem:
             entry = await self._entries.get_damaged(key)
             if entry is None:
@@ -106,17 +112,23 @@ class Cache:
         self._entries.used(entry)
         return opened
 
-    async def held(self, key: ContentKey, route: Route) -> Opened | None:
-        """The body if it is stored, or arrives here from the WAN at this moment; nothing is fetched."""
+    async def held(self, key: ContentKey, route: Route, *, background: bool = False) -> Opened | None:
+        """The body if it is stored, or arrives here from the WAN at this moment; nothing is fetched.
+
+        A background fill that it comes from is promoted, unless it is wanted for another one's `background`.
+        """
         if (stored := await self._stored(key, route)) is not None:
             return stored
         fill = self._current(key)
         if fill is None and await self._arrives_elsewhere(key):
-            fill = self._current(key) or self._begin(Fill(key, route, key.variant, joins=True))
+            joining = Fill(key, route, key.variant, joins=True, background=background)
+            fill = self._current(key) or self._begin(joining)
             with contextlib.suppress(Problem, TimeoutError):
                 async with asyncio.timeout(_FIRST_LOOK_SECONDS):
                     if isinstance(body := await fill.join(), GrowingBody):
                         body.leave()
+        if fill is not None and not background:
+            fill.hurry(self._deps.pool.wan)
         if fill is not None and fill.body is not None and fill.from_wan():
             return Opened(fill.body.reader(), Result.COLLAPSED, key, route.kind)
         return await self._stored(key, route)  # its fill may have ended since the first look
@@ -208,7 +220,14 @@ class Cache:
             return self._opened(entry, route, Result.STALE)
 
     async def _filled(
-        self, key: ContentKey, route: Route, variant: Variant, passed: tuple[str, ...], client: str
+        self,
+        key: ContentKey,
+        route: Route,
+        variant: Variant,
+        passed: tuple[str, ...],
+        client: str,
+        *,
+        background: bool = False,
     ) -> Opened:
         """Join the current fill or begin one; begin another when the entry was purged or damaged at once."""
         deps = self._deps
@@ -222,8 +241,8 @@ class Cache:
                 await self._refuse_circle(key, variant, passed)
             fill = self._current(key)
             first, late = fill is None, fill is not None and fill.body is not None and fill.body.ended
-            fill = fill or self._begin_for(Fill(key, route, variant, passed, client))
-            fill.promote(deps.pool.wan)
+            fill = fill or self._begin_for(Fill(key, route, variant, passed, client, background=background))
+            fill.promote(deps.pool.wan, by_client=not background)
             try:
                 joined = await self._joined(fill, passed)
             except Problem:
@@ -246,8 +265,8 @@ class Cache:
         )
 
     def _begin_for(self, fill: Fill) -> Fill:
-        """Begin a client's fill; Problem when the client asks for too much that is not open here."""
-        if not self._deps.count_miss(fill.client):
+        """Begin a fill; Problem when the client asks for too much that is not open here."""
+        if not fill.background and not self._deps.count_miss(fill.client):
             raise too_many_misses(self._deps)
         return self._begin(fill)
 
@@ -271,6 +290,8 @@ class Cache:
         """What there is to read. The Via names of waiting gups are checked repeatedly: they may be learned
         late.
         """
+        if fill.background:
+            return await fill.join()
         self._count_waiters(1)
         try:
             async with asyncio.timeout(self._deps.longest_wait_seconds):

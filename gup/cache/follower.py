@@ -49,7 +49,7 @@ class Follower:
                 if self._reads_on:
                     await self._read_on()
                     return
-                if not waits and self._fill.wanted:  # tell the leader that a client waits
+                if not waits and self._fill.wanted and not self._fill.background:  # tell the leader so
                     with contextlib.suppress(OSError):  # without a lock the fill is only not promoted
                         waits = claims.try_claim(self._waiters)
                 try:

@@ -266,7 +266,7 @@ class Leader:
         await self._take_slot()
         self._count_in_progress(1)
         if anew:
-            fill.order = deps.purges.known
+            fill.order = deps.purges.stamp
         fill.asks_gups = bool(fill.passed) and deps.pool.asks_gups(fill.variant, self._key.text)
         candidates = deps.pool.candidates(fill.variant, self._key.text, fill.passed)
         chosen = (
@@ -334,6 +334,8 @@ class Leader:
         self._has_slot = True
         if leftover.damaged is None and not leftover.is_whole and not fill.is_read:
             deps.pool.refuse_while_away(fill.variant, self._key.text)
+        if fill.background:  # for a member's, nobody has looked yet whether the link is idle here
+            await self._yield_to_others()
         if fill.background:
             return
         waited_seconds = 0.0 if self._slot is not None else deps.clock() - fill.since
@@ -346,13 +348,17 @@ class Leader:
         self._slot = slot
 
     def _watch_for_waiters(self) -> asyncio.Task[None]:
-        """Until another process's client wants the body: that process holds the lock beside the claim."""
+        """Until another process's client wants the body: that process holds the lock beside the claim. A
+        member of the cluster that sends it is told so.
+        """
 
         async def watch() -> None:
             while self._fill.background:
                 if self._deps.claims.taken(waiters_offset(self._key.id)):
                     self._fill.promote(self._deps.pool.wan)
                 await asyncio.sleep(_LOOK_SECONDS)
+            if self._download is not None:
+                await self._download.hurry()
 
         return asyncio.get_running_loop().create_task(watch())
 

@@ -273,7 +273,7 @@ class PassThrough:
                 "this content can't be stored, and too many clients are passed through; try again later",
                 retry_after_seconds=10.0,
             )
-        order = self._deps.purges.known
+        order = self._deps.purges.stamp
         try:
             answer = await self._ask(
                 route, variant, passed, Ask(route.upstream_path, "bypass", client=client)

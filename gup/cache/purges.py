@@ -1,8 +1,9 @@
 """Purges: which bodies an operator has had removed, so that none that was fetched before is served again.
 
-Each body carries what was known of purges when its fetch began (gup.cluster.orders). A purge names it when it
-selects its key and was not known. Such a body is not stored, and not served to a
-new request, wherever it comes from: a fill under way, a part, memory, a record that could not be removed.
+Each body carries what was known of purges when its fetch began, and when that was (gup.cluster.orders). A
+purge names it when it selects its key and was not known; one with a time, when the fetch began before. Such a
+body is not stored, and not served to a new request, wherever it comes from: a fill under way, a part, memory,
+a record that could not be removed.
 
 The purges of the last 30 days are lines of run/purges. Only the controller writes it; all processes read it
 again when it has changed.
@@ -11,6 +12,7 @@ again when it has changed.
 import fnmatch
 import re
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,8 +21,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from gup.cache.records import Head
-from gup.cluster.orders import LONE, KnownText, Writer, knows
+from gup.cache.records import Head, Record
+from gup.cluster.orders import LONE, KnownText, Writer, knows, stamped, unstamped
 from gup.content.catalog import Catalogues, Stream
 from gup.content.key import ContentKey, Kind, content_revision
 from gup.content.languages import Language, parse_language
@@ -52,6 +54,10 @@ class Selection:
     streams: tuple[Stream, ...] = ()
     pinned: Flag = False
     """Pinned entries too; one key is selected in any case."""
+    fetched_before: Time | None = None
+    """Unix seconds: only bodies whose fetch over the WAN began before, at whichever node they are."""
+    unused_since: Time | None = None
+    """Unix seconds: only what a node has not sent to a client since. Such a purge frees space, once."""
 
     def given(self) -> dict[str, object]:
         """The conditions that are given, as JSON values."""
@@ -128,9 +134,18 @@ class Purge:
     selection: Selection
     node: Writer = LONE
 
-    def names(self, key: ContentKey, kind: Kind, order: str, *, pinned: bool = False) -> bool:
-        """Whether a body of this key is not to be served whose fetch began when `order` was known."""
-        return not knows(order, self.node, self.number) and self.selection.selects(key, kind, pinned=pinned)
+    def names(
+        self, key: ContentKey, kind: Kind, known: str, at: float | None, *, pinned: bool = False
+    ) -> bool:
+        """Whether a body of this key is not to be served whose fetch began at `at`, when that was known. A
+        time that was not kept is before any other.
+        """
+        before = self.selection.fetched_before
+        return (
+            not knows(known, self.node, self.number)
+            and (before is None or at is None or at < before)
+            and self.selection.selects(key, kind, pinned=pinned)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,27 +166,41 @@ def _model() -> TypeAdapter[_Line]:
 class Purges:
     """The purges as one process knows them. `changes` is shared, and raised with each change of the file."""
 
-    def __init__(self, run: Path, changes: Callable[[], int] = lambda: 0) -> None:
-        self._path, self._changes = run / FILE, changes
+    def __init__(
+        self, run: Path, changes: Callable[[], int] = lambda: 0, now: Callable[[], float] = time.time
+    ) -> None:
+        """`now` is Unix seconds, in a cluster those of the engine."""
+        self._path, self._changes, self._now = run / FILE, changes, now
         self._threads = threading.Lock()
         self._read()
 
     @property
     def known(self) -> str:
-        """What is known now: to be kept with a body whose fetch begins. Cheap enough for each request."""
+        """What is known now. Cheap enough for each request."""
         if self._changes() != self._seen:
             self._read()
         return self._text
 
-    def name(self, key: ContentKey, kind: Kind, order: str, *, pinned: bool = False) -> bool:
-        """Whether a purge names this body. From any thread."""
-        if order == self.known:
+    @property
+    def stamp(self) -> str:
+        """To be kept with a body whose fetch begins."""
+        return stamped(self.known, self._now())
+
+    def name(
+        self, key: ContentKey, kind: Kind, order: str, *, pinned: bool = False, stored_at: float | None = None
+    ) -> bool:
+        """Whether a purge names this body. From any thread. `stored_at`, for a body of an earlier version,
+        which has not kept when its fetch began.
+        """
+        known, at = unstamped(order)
+        if known == self.known:
             return False
-        own = self._of_key.get(key.text, ())
-        return any(purge.names(key, kind, order, pinned=pinned) for purge in (*own, *self._others))
+        own, at = self._of_key.get(key.text, ()), stored_at if at is None else at
+        return any(purge.names(key, kind, known, at, pinned=pinned) for purge in (*own, *self._others))
 
     def name_head(self, key: ContentKey, kind: Kind, head: Head, *, pinned: bool = False) -> bool:
-        return self.name(key, kind, head.order, pinned=pinned)
+        stored_at = head.stored_at if isinstance(head, Record) else None
+        return self.name(key, kind, head.order, pinned=pinned, stored_at=stored_at)
 
     def _read(self) -> None:
         with self._threads:

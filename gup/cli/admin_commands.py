@@ -1,5 +1,6 @@
-"""`gup status`, `why`, `reload`, `upgrade`, `prefetch`, `alarms`: asked of a running service."""
+"""`gup status`, `why`, `reload`, `upgrade`, `prefetch`, `hold`, `alarms`: asked of a running service."""
 
+import getpass
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -99,6 +100,8 @@ def status_lines(status: Row) -> Iterator[str]:
     yield printable(
         f"clients: {clients['connections']} connections; seen: {seen}" + (last and f"; the last: {last}")
     )
+    for row in status["holds"]:
+        yield printable(f"ON HOLD: {hold_line(row)}")
     if not status["reload"]["successful"]:
         yield "the last reload FAILED: the old settings are in force; `gup config check` lists the mistakes"
     for alarm in status["alarms"]:
@@ -322,7 +325,8 @@ def prefetch(
 ) -> None:
     """Fetch content before clients request it, and wait; status 0 when all is stored, else 1.
 
-    It is fetched while no client's fill needs the link, within wan.rate. Ctrl-C ends only the wait.
+    It is fetched while no client's fill needs the link, within wan.rate. Ctrl-C ends only the wait. In a
+    cluster each node fetches it, once over the WAN; the wait is for the node that is asked.
     """
     given = {"version": version, "language": language}
     order = {name: value for name, value in given.items() if value is not None}
@@ -333,6 +337,8 @@ def prefetch(
     with asking(where) as admin:
         answers = [admin.ask("POST", "prefetch", each | order) for each in orders]
         wanted = [row for answer in answers for row in answer["wanted"]]
+        for words in {without(answer).removeprefix("; ") for answer in answers} - {""}:
+            typer.echo(printable(f"gup: {words}"), err=True)
         if not no_wait:
             wanted = _wait(admin, wanted)
     if json_output:
@@ -343,6 +349,101 @@ def prefetch(
             typer.echo(printable(f"{row['key']}: {_OUTCOMES.get(row['outcome'], row['outcome'])}{detail}"))
     if not all(row["outcome"] in _GOOD for row in wanted):
         raise typer.Exit(FAILED)
+
+
+Stream = Annotated[
+    str, typer.Argument(metavar="STREAM", help="The moniker, or a product as `gup cache list` shows it.")
+]
+Revision = Annotated[str, typer.Argument(metavar="REVISION", help="Such as 260101001.")]
+
+
+@with_connection_flags
+def hold(
+    stream: Stream,
+    revision: Revision,
+    *,
+    except_: Annotated[
+        list[str] | None,
+        typer.Option("--except", metavar="SUBNET", help="Clients in it may have it; may be repeated."),
+    ] = None,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Told to the clients.")] = "",
+    by: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who orders it; default: your user's name.")
+    ] = None,
+    where: Where,
+    json_output: JsonFlag = False,
+) -> None:
+    """Keep a revision from clients, on all nodes of a cluster, until it is released.
+
+    Responses under way are sent to their end. Clients may go round this service if their policy lets them.
+    """
+    given: dict[str, object] = {"stream": stream, "revision": revision, "reason": reason}
+    given |= {"by": _user() if by is None else by, "except_subnets": except_ or []}
+    with asking(where) as admin:
+        _show_holds(admin.ask("POST", "holds", given), "on hold", json_output=json_output)
+
+
+@with_connection_flags
+def release(stream: Stream, revision: Revision, *, where: Where, json_output: JsonFlag = False) -> None:
+    """Let clients have a revision that is on hold."""
+    query = urlencode({"stream": stream, "revision": revision})
+    with asking(where) as admin:
+        _show_holds(admin.ask("DELETE", f"holds?{query}"), "released", json_output=json_output)
+
+
+@with_connection_flags
+def holds(*, where: Where, json_output: JsonFlag = False) -> None:
+    """List the revisions on hold: who ordered it, when and why."""
+    with asking(where) as admin:
+        answer = admin.ask("GET", "holds")
+    if json_output:
+        print_json(answer)
+    elif answer["holds"]:
+        show_table(_HOLDS, answer["holds"])
+    else:
+        typer.echo("nothing is on hold", err=True)
+
+
+_HOLDS: Columns = {
+    "product": "product",
+    "revision": "revision",
+    "since": "held_at",
+    "by": "held_by",
+    "reason": "reason",
+    "except": lambda row: ", ".join(row["except_subnets"]) or "-",
+    "newest": "newest",
+    "stream": "stream",
+}
+
+
+def _user() -> str:
+    with suppress(OSError, KeyError, ImportError):  # no such user, as in a container
+        return getpass.getuser()
+    return ""
+
+
+def _show_holds(answer: Row, what: str, *, json_output: bool) -> None:
+    if json_output:
+        print_json(answer)
+        return
+    late = without(answer)
+    for row in answer["holds"]:
+        typer.echo(printable(f"{what}: {hold_line(row)}{late}"))
+
+
+def hold_line(row: Row) -> str:
+    """`Virus Definitions 260801002, since 2026-08-01 14:05, by ann: crashes clients`"""
+    since = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["held_at"]))
+    besides = f", except for {', '.join(row['except_subnets'])}" if row["except_subnets"] else ""
+    who = f", by {row['held_by']}" if row["held_by"] else ""
+    why = row["reason"] or "no reason given"
+    return f"{row['product']} {row['revision']}{besides}, since {since}{who}: {why}"
+
+
+def without(answer: Row) -> str:
+    """The members of the cluster that have not confirmed it."""
+    names = ", ".join(answer.get("unconfirmed", ()))
+    return f"; not confirmed yet by {names}" if names else ""
 
 
 def _wait(admin: "Admin", wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:

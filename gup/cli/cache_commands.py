@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from urllib.parse import quote, urlencode
 
 import typer
 
+from gup.cli.admin_commands import without
 from gup.cli.shared import (
     FAILED,
     UNUSABLE,
@@ -203,15 +204,9 @@ def purge(
             done, are = ("would be purged", "would not be") if dry_run else ("purged", "are not")
             # A filter by times selects only what is stored.
             arriving = "" if filters.keys() & _TIMES else f"; matching fetches under way {are} stored"
-            typer.echo(f"{answer['entries']} entries {done}, {freed}{left}{arriving}{_without(answer)}")
+            typer.echo(f"{answer['entries']} entries {done}, {freed}{left}{arriving}{without(answer)}")
     if answer["busy"]:
         raise typer.Exit(FAILED)
-
-
-def _without(answer: Mapping[str, Any]) -> str:
-    """The members of the cluster that have not confirmed it."""
-    names = ", ".join(answer.get("unconfirmed", ()))
-    return f"; not confirmed yet by {names}" if names else ""
 
 
 def _change_each(
@@ -223,7 +218,7 @@ def _change_each(
         freed = "" if below else f": {bytes_in_words(answer['freed_bytes'])}"
         if not below and not answer["freed_bytes"]:
             freed += "; a fetch of it under way is not stored"
-        words = f"{done} {key}{freed}{_without(answer)}"
+        words = f"{done} {key}{freed}{without(answer)}"
         typer.echo(json.dumps(answer, ensure_ascii=False) if json_output else words)
 
 

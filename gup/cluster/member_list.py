@@ -29,8 +29,6 @@ class Members:
     node: str = ""
     """This node's name; "" while it is alone."""
     others: tuple[Member, ...] = ()
-    highest_order: int = 0
-    """The number of the latest order that this node knows."""
     most: int = 1
     """The most members of the last ten minutes, this one among them."""
     slots: tuple[str, ...] = ()

@@ -37,8 +37,6 @@ class Row:
     protocol: int
     fingerprint: str
     """Of its upstreams: nodes that would fetch other things are not asked."""
-    order: int = 0
-    """The highest number of an order that it knows."""
     apart: bool = False
     """It has had no answer from the engine lately, so it takes its part of the WAN's rate without a grant."""
     leaving: bool = False

@@ -341,7 +341,7 @@ class ClusterControl:
         await self.book.open()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CATCH_UP_SECONDS):
-                while not await self._catch_up():  # noqa: ASYNC110 - it asks others
+                while not (self._knows_whom_to_ask and await self._catch_up()):  # noqa: ASYNC110
                     await asyncio.sleep(_CATCH_UP_SECONDS / 10)
         self._deps.set_ordered()
         while True:
@@ -357,6 +357,13 @@ class ClusterControl:
             if not self._caught_up:
                 await self._catch_up()
             await self._agree_with_engine()
+
+    @property
+    def _knows_whom_to_ask(self) -> bool:
+        """Whether the engine has told of the members, or can't: one that came while this node was off may
+        know what the engine has lost.
+        """
+        return bool(self._error) or (self._ever_answered and self.membership.is_complete)
 
     async def _catch_up(self) -> bool:
         """Whether the engine or a member has told its orders."""

@@ -15,6 +15,7 @@ from gup.content.catalog import Catalogues, Label, Stream
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.control.cluster import ClusterControl
+from gup.control.order_book import OrderBook
 from gup.control.threads import to_its_end
 from gup.errors import GupError, Problem
 from gup.metrics import Counters
@@ -99,6 +100,13 @@ class ControlDependencies:
     """None: this gup is alone."""
     unlisted: Callable[[str], None]
     """Called with a moniker that a client asked for and no catalogue lists."""
+    raise_policy_epoch: Callable[[], None] = lambda: None
+    """Called when run/holds has changed."""
+
+    @property
+    def book(self) -> OrderBook | None:
+        """The orders of the cluster; None: this gup is alone."""
+        return self.cluster.book if self.cluster is not None else None
 
 
 PATIENCE_SECONDS = 5.0

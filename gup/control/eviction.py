@@ -296,27 +296,23 @@ class Evictor:
         """How many were purged, and the bytes freed.
 
         With `selection` nothing that it selects is served any more that was fetched before; files whose claim
-        is taken go later. Without, it depended on times: only what is stored is removed, and what is claimed
+        is taken go later. Without, or where uses matter, only what is stored is removed, and what is claimed
         is left.
         """
         freed, self.unconfirmed = 0, ()
         if selection is not None:
             freed += await self._note(selection, keys)
-        busy = 0
+        busy, lasts = 0, selection is not None and selection.unused_since is None
         try:
             for number, key in enumerate(keys, 1):
-                if selection is not None:
-                    freed += await self._remove_purged(key, 0.0)
-                else:
-                    try:
-                        freed += await change(self._claims, key, partial(self._store.purge, key), 0.0)
-                        self._forget(key)
-                    except BusyError:
-                        busy += 1
+                removed = await (self._remove_purged(key, 0.0) if lasts else self._remove_stored(key))
+                freed, busy = freed + (removed or 0), busy + (removed is None)
                 if number % _BATCH == 0:
                     self._dependencies.raise_store_epoch()
-            if selection is not None:
+            if lasts:
                 freed += await self._remove_parts()
+            if selection is not None and lasts and selection.fetched_before is not None:
+                await self.apply(selection)  # copies that were stored later
         finally:
             await self._purged()
         return len(keys) - busy, freed
@@ -338,9 +334,9 @@ class Evictor:
         return freed
 
     async def _write(self, selection: Selection) -> None:
-        cluster, wall = self._dependencies.cluster, time.time()
-        if cluster is not None and cluster.book is not None:
-            self.unconfirmed = await cluster.book.issue("purge", selection.given())
+        book, wall = self._dependencies.book, time.time()
+        if book is not None:
+            self.unconfirmed = await book.issue("purge", selection.given())
             return
         purges, _ = await asyncio.to_thread(read_purges, self._store.run / FILE)
         last = max((purge.number for purge in purges), default=0)
@@ -350,13 +346,27 @@ class Evictor:
     async def apply(self, selection: Selection) -> None:
         """Another node has ordered a purge, which is noted already: remove what it selects here."""
         self._purged_at = time.time()
+        unused, before = selection.unused_since, selection.fetched_before
         async for rows in self._index.rows.every(selection.stream):
             for row in rows:
                 key = ContentKey.parse(row.key)
-                if selection.selects(key, row.kind, pinned=row.pinned):
+                if not selection.selects(key, row.kind, pinned=row.pinned):
+                    continue
+                if unused is None:
                     await self._remove_purged(key, 0.0)
+                elif row.used_at < unused and (before is None or row.stored_at < before):
+                    await self._remove_stored(key)
         await self._remove_parts()
         await self._purged()
+
+    async def _remove_stored(self, key: ContentKey) -> int | None:
+        """Remove what is stored of a key; the bytes freed, None when its claim is taken."""
+        try:
+            freed = await change(self._claims, key, partial(self._store.purge, key), 0.0)
+        except BusyError:
+            return None
+        self._forget(key)
+        return freed
 
     async def _remove_purged(self, key: ContentKey, patience_seconds: float) -> int:
         """Remove what a purge names; the bytes freed. Tried again later when the claim is taken."""

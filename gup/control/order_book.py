@@ -7,10 +7,12 @@ from pathlib import Path
 
 from gup.cache.purges import FILE as PURGES_FILE
 from gup.cache.purges import Purge, Selection, keep_purges, read_purges
+from gup.cache.revision_holds import RevisionHold, read_holds
 from gup.cluster.orders import FILE, LONE, Action, Order, OrderLog, read_order, write_order
 from gup.control.threads import to_its_end
 from gup.errors import GupError
 from gup.files import FileError, read_file, replace_file
+from gup.jsonmodel import InvalidError
 
 _log = logging.getLogger("gup.control.order_book")
 _MAX_BYTES = 64 << 20
@@ -23,11 +25,19 @@ class OrderBook:
         """`now` is the cluster's time in Unix seconds; `share` tells the workers that the purges changed."""
         self._run, self._now, self._share = run, now, share
         self._changing = asyncio.Lock()
-        self.carry_out: Callable[[Order], Awaitable[None]] | None = None
-        """Set by who can."""
+        self._carry_out: Callable[[Order], Awaitable[None]] | None = None
+        self._news = list[Order]()
+        """Noted, and not carried out yet."""
         self.tell: Callable[[], Awaitable[tuple[str, ...]]] | None = None
         """Tells the other members, and returns the names of those that did not confirm it."""
+        self.keep_holds: Callable[[list[RevisionHold]], Awaitable[None]] | None = None
+        """Keeps the holds that stand, and tells the workers; OSError."""
         self.log = OrderLog(node, _read(run / FILE))
+
+    @property
+    def now(self) -> float:
+        """The cluster's time, Unix seconds."""
+        return self._now()
 
     @property
     def known(self) -> str:
@@ -38,13 +48,21 @@ class OrderBook:
         return self.log.unknown_to(known, self._now())
 
     async def open(self) -> None:
-        """Take over what was purged while this gup had no cluster. Call it once."""
+        """Take over what was purged and put on hold while this gup had no cluster. Call it once."""
         purges, _ = await asyncio.to_thread(read_purges, self._run / PURGES_FILE)
         for purge in purges:
             if purge.node == LONE:
                 self.log.write(max(purge.at, 0.0), "purge", purge.selection.given())
+        for hold in await asyncio.to_thread(read_holds, self._run):
+            if hold.node == LONE:
+                self.log.write(max(hold.at, 0.0), "hold", hold.given())
         async with self._changing:
             await self._save()
+
+    async def begin(self, carry_out: Callable[[Order], Awaitable[None]]) -> None:
+        """From now on orders of others can be carried out; those that came before are."""
+        self._carry_out = carry_out
+        await self._carry_out_news()
 
     async def issue(self, action: Action, what: Mapping[str, object]) -> tuple[str, ...]:
         """A new order: noted here, then told to the others. The members that have not confirmed it in time.
@@ -72,13 +90,19 @@ class OrderBook:
                 _log.warning("orders of other members can't be noted: %s", error.strerror)
         for order in news:
             _log.info("%s ordered: %s %s", order.node, order.action, dict(order.what))
-            latest = self.log.standing(str(order.what.get("key")))
-            if self.carry_out is not None and (order.action == "purge" or order == latest):
-                try:
-                    await self.carry_out(order)
-                except (GupError, OSError) as error:
-                    _log.warning("an order of %s could not be carried out: %s", order.node, error)
+        self._news += news
+        await self._carry_out_news()
         return True
+
+    async def _carry_out_news(self) -> None:
+        while self._carry_out is not None and self._news:
+            order = self._news.pop(0)
+            if order.subject is not None and order != self.log.standing(order.subject):
+                continue
+            try:
+                await self._carry_out(order)
+            except (GupError, OSError, KeyError, TypeError) as error:  # of another version, perhaps
+                _log.warning("an order of %s could not be carried out: %r", order.node, error)
 
     async def _save(self) -> None:
         self.log.forget(self._now())
@@ -86,7 +110,7 @@ class OrderBook:
         purges = [
             Purge(each.number, each.at, Selection.of(each.what), each.node)
             for each in orders
-            if each.action == "purge"
+            if each.action == "purge" and "unused_since" not in each.what  # that one has no further effect
         ]
         text = "".join(write_order(each) + "\n" for each in orders).encode()
 
@@ -95,7 +119,19 @@ class OrderBook:
             keep_purges(self._run, purges, known)
 
         await to_its_end(write)
-        self._share()
+        if self.keep_holds is not None:
+            await self.keep_holds(_readable(self.log.holds()))
+        self._share()  # last: it tells the members that all is known here
+
+
+def _readable(orders: Iterable[Order]) -> list[RevisionHold]:
+    found = list[RevisionHold]()
+    for order in orders:
+        try:
+            found.append(RevisionHold.of(order))
+        except (InvalidError, TypeError) as error:  # of a later version
+            _log.warning("%s ordered a hold that can't be read: %s", order.node, error)
+    return found
 
 
 def _read(path: Path) -> list[Order]:

@@ -26,7 +26,7 @@ from gup.control.events import Key, Path
 from gup.control.index import Index
 from gup.control.traffic import LatestStreams
 from gup.errors import GupError, Problem
-from gup.jsonmodel import Count, Time, plain_text
+from gup.jsonmodel import Count, InvalidError, Time, plain_text
 
 _log = logging.getLogger("gup.control.prefetch")
 MAX_QUEUED = 1000
@@ -371,6 +371,14 @@ class Prefetcher:
             route = self.route(f"/content/{moniker}/{revision}/full.zip")
             queued.append(self._queue_for_operator(route, route.key(Variant(*stream[:2]))))
         return queued
+
+    def take_order(self, wanted: object) -> None:
+        """Queue what an operator has ordered at another node; GupError for what can't be fetched here."""
+        for row in wanted if isinstance(wanted, list) else ():
+            route, key = self.route(str(row["path"])), ContentKey.parse(row["key"])
+            if key not in route.keys(key.variant):
+                raise InvalidError(f"{route.upstream_path} does not lead to {key.text}")
+            self._queue_for_operator(route, key)
 
     def _queue_for_operator(self, route: Route, key: ContentKey) -> QueuedFetch:
         item = self.queue.rows.get(key)

@@ -17,7 +17,7 @@ from gup.cache.purges import reserve_room
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmCollector
-from gup.control.api import archives, entries, maintenance, statistics, status, why
+from gup.control.api import archives, entries, holds, maintenance, statistics, status, why
 from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, problem
 from gup.control.auth import Access, AccessRequest, is_near, presented, refusal
 from gup.control.dependencies import BusyError, ControlDependencies, change
@@ -52,6 +52,7 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
         *archives.Archives().endpoints,
         *statistics.ENDPOINTS,
         *maintenance.ENDPOINTS,
+        *holds.ENDPOINTS,
         *why.ENDPOINTS,
         *live.ENDPOINTS,
         Endpoint("GET", "/api/v1/openapi.json", openapi),
@@ -319,8 +320,8 @@ class Control:
             jobs.every(_RESTART_SECONDS, f"prefetch {lane}", partial(state.prefetcher.run, lane))
         jobs.every(600.0, "reconcile", self._reconcile)
         jobs.every(1.0, "flush", self._flush)
-        if (cluster := self._dependencies.cluster) is not None and cluster.book is not None:
-            cluster.book.carry_out = state.carry_out
+        if (book := self._dependencies.book) is not None:
+            await book.begin(state.carry_out)
         jobs.start("purge", state.evictor.purge_again())
         jobs.every(1.0, "purge", state.evictor.remove_left)
         jobs.every(60.0, "touch", self._touch)
@@ -333,6 +334,7 @@ class Control:
         for receiver in RECEIVERS:
             jobs.every(0.5, f"alarms to {receiver}", partial(state.notifications.send, receiver))
         jobs.every(5.0, "prefetch", state.prefetcher.look_over)
+        jobs.every(5.0, "holds", state.holds.look)
 
     def _receive_handed(self) -> None:
         """Go on with an idle connection of the controller that leaves."""

@@ -35,6 +35,7 @@ from gup.control.events import (
     parse_event,
 )
 from gup.control.eviction import JUMP_SECONDS, AgeClock, Evictor
+from gup.control.hold_keeper import HoldKeeper
 from gup.control.index import Index
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.notifications import Notifications
@@ -149,6 +150,8 @@ class KeyNotes:
 
 
 _FAILURES = 50
+_PREFETCH_WITHIN_SECONDS = 86400.0
+"""A node that was off for longer does not fetch what was to be prefetched then."""
 _MALFORMED_LOGGED = 20
 _EVENTS_AT_ONCE = 256
 _MOST_REJECTIONS = 1000
@@ -176,6 +179,7 @@ class ControlState:
         self.scrubber = Scrubber(dependencies, self.index, clock)
         self.clients = ClientWindows()
         self.prefetcher = Prefetcher(dependencies, self.index, clock)
+        self.holds = HoldKeeper(dependencies, self.index.rows, self.prefetcher.route)
         self.traffic = Traffic(self.index.rows, clock)
         self.alarms: list[Alarm] = []
         """As last found by the alarm collector."""
@@ -288,9 +292,8 @@ class ControlState:
         self.index.put(make_row(event.key, event.kind, event.length, **times, **more))
         self._has_grown = True
         self.evictor.note_committed(event.key)
-        book = self.dependencies.cluster.book if self.dependencies.cluster is not None else None
-        standing = book.log.standing(event.key.text) if book is not None else None
-        if standing is not None and standing.action == "pin":
+        book = self.dependencies.book
+        if book is not None and book.log.is_pinned(event.key.text):
             self.repin.add(event.key.text)
 
     def _used(self, event: Usage, now: float) -> None:
@@ -333,6 +336,9 @@ class ControlState:
         """What another member has ordered. Pins that can't be changed now are when their claim is free."""
         if order.action == "purge":
             await self.evictor.apply(Selection.of(order.what))
+        if order.action == "prefetch" and self.clock() - order.at < _PREFETCH_WITHIN_SECONDS:
+            self.prefetcher.take_order(order.what.get("wanted"))
+        if order.action not in ("pin", "unpin"):
             return
         key, pinned = ContentKey.parse(str(order.what.get("key"))), order.action == "pin"
         try:

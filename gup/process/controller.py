@@ -135,6 +135,7 @@ class Controller(ChildProcess):
                 label_of=catalogues.label,
                 catalogues=catalogues.shown,
                 catalogue_rows=lambda: catalogues.catalogues,
+                raise_policy_epoch=lambda: self.page.raise_epoch(POLICY_EPOCH),
                 unlisted=catalogues.unlisted,
             ),
             ages=AgeClock(),

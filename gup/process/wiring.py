@@ -102,7 +102,7 @@ class ChildProcess(ABC):
                 names, words, layout.UPSTREAM_HEALTH, layout.MOST_UPSTREAMS, page.locked, tell_health
             ),
         )
-        self.purges = Purges(self.store.run, lambda: words[layout.PURGES])
+        self.purges = Purges(self.store.run, lambda: words[layout.PURGES], lambda: self.engine_ms() / 1000)
         self.dependencies = FillDependencies(
             store=self.store,
             claims=self.store.claims,

@@ -14,7 +14,8 @@ from gup import config
 from gup.cache.cache import Cache, Result
 from gup.cache.inflight import OF_MEMBER, FillDependencies
 from gup.cache.records import Head
-from gup.cluster.orders import FILE, covers
+from gup.cache.scheduler import Class
+from gup.cluster.orders import FILE, covers, knows, read_order
 from gup.cluster.signing import Question, Refused, Signer
 from gup.content.key import BadKeyError, ContentKey
 from gup.content.routes import Route, Routes, parse_target
@@ -36,7 +37,10 @@ _MOST_CONNECTIONS = 4096
 _ORDERS_SECONDS, _LOOK_SECONDS = 0.9, 0.01
 _READY_SECONDS = 1.0
 """A question that can't be answered by then is answered with NOT_READY, and asked again."""
+_HURRY_SECONDS = 0.3
+"""Longer than it takes a process to see that another one's client waits."""
 _TRIES = 3
+_BACKGROUND = str(int(Class.BACKGROUND))
 
 
 class PeerLog(AccessLog):
@@ -69,16 +73,23 @@ class PeerOrders:
     def ready(self) -> bool:
         return self._is_ready()
 
-    async def all(self) -> bytes:
-        """All that this node knows, each signed, a line each."""
+    async def lacked(self, known: str) -> bytes:
+        """What this node knows and is not `known`, and all that stands, each signed, a line each.
+
+        What stands may be older than all that who asks has; then it is no gap there.
+        """
         signer, path = self._signer(), self._deps.store.run / FILE
+
+        def is_lacked(line: str) -> bool:
+            order = read_order(line)
+            return order is None or order.subject is not None or not knows(known, order.node, order.number)
 
         def read() -> bytes:
             try:
                 lines = path.read_text(encoding="utf-8").splitlines()
             except OSError:
                 return b""
-            return "".join(signer.seal("order", line) + "\n" for line in lines).encode()
+            return "".join(signer.seal("order", line) + "\n" for line in filter(is_lacked, lines)).encode()
 
         return await asyncio.get_running_loop().run_in_executor(self._deps.executor, read)
 
@@ -202,19 +213,26 @@ class PeerHandler:
     ) -> Response:
         asker = request.header("gup-client")
         client, held = OF_MEMBER + asker if asker else "", request.header("gup-held") == "1"
+        background = request.header("gup-class") == _BACKGROUND
         if request.method == "HEAD" and not held:
             head, _, age = await self._cache.head(route, key.variant, passed, client)
             return self._plan(request, head, age, fields)
         for _ in range(_TRIES):
             opened = await (
-                self._cache.held(key, route) if held else self._cache.open(route, key.variant, passed, client)
+                self._cache.held(key, route, background=background)
+                if held
+                else self._cache.open(route, key.variant, passed, client, background=background)
             )
             if opened is None:
                 return self._plain(COMING if await self._cache.has_part(key) else NOT_HELD, request)
             response = self._plan(request, opened.body.head, opened.age_seconds, fields, ranges=opened.ranges)
             span = next((segment for segment in response.segments if isinstance(segment, Span)), None)
             if span is None:
-                opened.body.leave()
+                try:
+                    if request.header("gup-hurry") == "1":  # a reader tells the process that leads the fill
+                        await asyncio.sleep(_HURRY_SECONDS)
+                finally:
+                    opened.body.leave()
                 return response
             if opened.entry is None and response.status == 206 and not held:
                 opened = await self._cache.span_alone(
@@ -247,13 +265,13 @@ class PeerHandler:
     async def _tell(self, request: Request, fields: dict[str, str]) -> Response:
         """What is not about content."""
         status, body = 200, b""
+        member, known = (request.header(name) or "" for name in ("gup-from", "gup-known"))
         if request.target == b"/readyz":
             ready = self._orders.ready and self._dependencies.members.settled and not self.draining
             status = 200 if ready else 503
         elif request.target == b"/orders":
-            body = await self._orders.all()
+            body = await self._orders.lacked(known)
         else:
-            member, known = (request.header(name) or "" for name in ("gup-from", "gup-known"))
             status = 200 if await self._orders.told(member, known) else NOT_READY
         fields["GUP-Known"] = self._orders.known
         return self._plain(status, request, body)

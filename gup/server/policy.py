@@ -12,6 +12,7 @@ from collections.abc import Callable
 from gup import config
 from gup.cache.catalog_cache import read_kept
 from gup.cache.inflight import FillDependencies
+from gup.cache.revision_holds import RevisionHolds, read_holds
 from gup.content.catalog import Catalogues
 from gup.content.key import ABSENT
 from gup.content.routes import LIVEUPDATE_STREAM, Route
@@ -44,7 +45,7 @@ class Policy:
         self._reported: set[tuple[str, ...]] = set()
         self.apply()
         self._seen = epoch()
-        self.choices, self._complete = self._made(dependencies.settings)
+        self.choices, self._complete, self.holds = self._made(dependencies.settings)
 
     def apply(self) -> None:
         self._seen = -1
@@ -75,23 +76,26 @@ class Policy:
         try:
             seen, settings = self._epoch(), self._dependencies.settings
             loop = asyncio.get_running_loop()
-            choices, complete = await loop.run_in_executor(self._dependencies.executor, self._made, settings)
+            made = await loop.run_in_executor(self._dependencies.executor, self._made, settings)
             if settings is self._dependencies.settings:
-                self.choices, self._complete, self._seen = choices, complete, seen
+                self.choices, self._complete, self.holds = made
+                self._seen = seen
                 self._reported.clear()
                 self._on_change()
         finally:
             self._loading = None
 
-    def _made(self, settings: config.Settings) -> tuple[Choices, bool]:
-        """The choices, and whether every manager's catalogue was tried."""
+    def _made(self, settings: config.Settings) -> tuple[Choices, bool, RevisionHolds]:
+        """The choices, whether every manager's catalogue was tried, and what is on hold."""
         book = Rulebook(settings)
-        kept = read_kept(self._dependencies.store.run)
+        run = self._dependencies.store.run
+        kept = read_kept(run)
         rows = {name: one.rows for name, one in kept.items() if one.rows is not None}
         catalogues = Catalogues(rows, settings.upstream, book.types)
         reads = settings.catalog.file is not None or settings.catalog.refresh > 0
         names = {upstream.name for upstream in settings.upstream if upstream.kind != "liveupdate"}
-        return Choices(book, catalogues, settings.upstream), not reads or names <= set(kept)
+        complete = not reads or names <= set(kept)
+        return Choices(book, catalogues, settings.upstream), complete, RevisionHolds(read_holds(run))
 
     async def close(self) -> None:
         if self._loading is not None:
@@ -125,7 +129,19 @@ class Policy:
                 )
         if choice.refused:
             raise problem(decision, book.liveupdate_url)
+        if self.holds:
+            self._refuse_on_hold(request, route)
         return choice
+
+    def _refuse_on_hold(self, request: Request, route: Route) -> None:
+        """Problem when the body is on hold for this client, whatever `rules.mode` is."""
+        try:
+            self.holds.refuse(route, request.client)
+        except Problem as refusal:
+            self._dependencies.counters.add("gup_rule_refusals_total", rule="hold", mode="enforce")
+            if self._first(route.stream, route.revision, route.file, "hold"):
+                log.info("%s refused: %s", route.upstream_path, refusal.detail)
+            raise
 
     def _first(self, *what: str) -> bool:
         """Whether this happens for the first time under these choices. Bounded, so some are not reported."""

@@ -207,6 +207,11 @@ class Download:
     def slow(self) -> bool:
         return self._answer is not None and self._answer.steadiness.slow
 
+    async def hurry(self) -> None:
+        """Tell the member that sends it that a client waits; one that has not begun is asked again anyway."""
+        if isinstance(source := self._source, Member) and self._answer is not None:
+            await self._members.hurry(source, self._template)
+
     def close(self) -> None:
         self._ready = b""
         if self._answer is not None:

@@ -17,6 +17,7 @@ from gup.cluster.member_list import ALONE
 from gup.cluster.member_list import Members as Listed
 from gup.cluster.order import above, ranked
 from gup.cluster.signing import Question, Signer
+from gup.errors import Problem
 from gup.jsonmodel import InvalidError
 from gup.metrics import Counters
 from gup.upstream.bandwidth import Wan
@@ -164,7 +165,7 @@ class Members:
         others = [self._members[name] for name in ranked(ask.key, self._members)]
         others = [member for member in others if member.name not in without]
         rivals = self.above(ask.key) if begun else others
-        question = replace(ask, method="HEAD", held=True, start=0, stop=None, if_range=None, own_etag=None)
+        question = _look(ask)
         coming = {member for member in rivals if begun and member in others}  # until they have answered
 
         async def holds(member: Member) -> Member | None:
@@ -218,6 +219,11 @@ class Members:
                 if answer is not None:
                     return answer
 
+    async def hurry(self, member: Member, ask: Ask) -> None:
+        """Tell it that a client waits for the body that it sends."""
+        with contextlib.suppress(UpstreamFailure, Problem):
+            await self.ask(member, replace(_look(ask), hurry=True))
+
     def _question(self, member: Member, ask: Ask) -> Question:
         assert self._signer is not None
         own = {
@@ -225,7 +231,7 @@ class Members:
             "GUP-Class": str(ask.share.priority),
             "GUP-Client": blake2b(ask.client.encode(), digest_size=8).hexdigest() if ask.client else "",
             "GUP-Held": "1" if ask.held else "0",
-        }
+        } | ({"GUP-Hurry": "1"} if ask.hurry else {})
         signer, now = self._signer(), self._time_ms()
         return signer.ask(self._node, member.member, ask.method, ask.path, now, own.items())
 
@@ -292,6 +298,11 @@ class Members:
         for member in (*self._members.values(), *self._retired):
             await member.close()
         self.wan.close()
+
+
+def _look(ask: Ask) -> Ask:
+    """The question whether a member holds the body."""
+    return replace(ask, method="HEAD", held=True, start=0, stop=None, if_range=None, own_etag=None)
 
 
 async def _drain(response: "aiohttp.ClientResponse") -> None:

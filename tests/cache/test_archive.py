@@ -93,7 +93,7 @@ def test_every_entry_arrives_whole_with_its_record_and_without_its_pin(source, t
         ours, theirs = target.load(name), source.load(name)
         assert check_entry(target, name) == []
         assert target.body_path(name).read_bytes() == source.body_path(name).read_bytes()
-        assert ours == replace(theirs, pinned=False, generation=ours.generation)
+        assert ours == replace(theirs, pinned=False, generation=ours.generation, order=ours.order)
 
 
 def test_an_archive_is_a_tar_that_tells_of_itself(source, tmp_path):

@@ -80,6 +80,19 @@ def test_a_body_is_named_by_later_purges_alone_and_by_those_of_an_earlier_run(tm
     assert Purges(tmp_path).name(KEY, Kind.DELTA, "") is False
 
 
+def test_a_purge_with_a_time_names_what_was_fetched_before_it(tmp_path):
+    """One of an earlier version counts by when it was stored, or, where that is unknown, as older."""
+    keep_purges(tmp_path, [Purge(9, 1.0, Selection(fetched_before=100.0), "a")], "a=9")
+    purges = Purges(tmp_path, now=lambda: 100.0)
+    for order, named in (("a=8 @99999", True), ("a=8 @100000", False), ("a=9 @99999", False)):
+        assert purges.name(KEY, Kind.DELTA, order) is named
+        assert purges.name(KEY, Kind.DELTA, order, stored_at=1e6) is named
+    assert purges.name(KEY, Kind.DELTA, "a=8")
+    assert purges.name(KEY, Kind.DELTA, "a=8", stored_at=99.0)
+    assert not purges.name(KEY, Kind.DELTA, "a=8", stored_at=100.0)
+    assert purges.stamp == "a=9 @100000"
+
+
 def test_what_is_known_in_a_cluster_is_said_in_the_file(tmp_path):
     keep_purges(tmp_path, [Purge(9, 1.0, Selection(pattern="*"), "b")], known="a=7 b=5+9")
     purges = Purges(tmp_path)

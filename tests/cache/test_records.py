@@ -114,6 +114,15 @@ def test_a_record_with_one_wrong_value_is_refused(name):
         assert len(str(told.value)) < 500
 
 
+@pytest.mark.parametrize(("number", "order"), [(0, ""), (1_785_574_800_123, "-=1785574800123")])
+def test_the_number_of_the_last_purge_in_an_earlier_version_is_what_was_known(number, order):
+    record = Record.decode(changed(RECORD, "order", number))
+    assert (record.order, record.head.order, Record.decode(record.encode())) == (order, order, record)
+    state = json.loads(STATES[1].encode())
+    state["head"]["order"] = number
+    assert FillState.decode(sealed(state)).head.order == order
+
+
 @pytest.mark.parametrize("name", [*(name for name in WRONG if name != "path"), "checksum"])
 def test_a_record_without_a_member_is_refused(name):
     fields = json.loads(RECORD.encode())

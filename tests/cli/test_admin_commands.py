@@ -8,7 +8,7 @@ from harness.commands import run
 from harness.upstreams import RawUpstream, ok
 
 from gup.cli.admin_client import Admin, AdminError, admin_url
-from gup.cli.admin_commands import cluster_line, status_lines
+from gup.cli.admin_commands import cluster_line, hold_line, status_lines
 from gup.config import Settings
 
 # --- a running service
@@ -52,6 +52,7 @@ STATUS = {
         | {"upstream": None, "bytes_per_second": None, "remaining_seconds": None},
     ],
     "cluster": None,
+    "holds": [],
     "reload": {"successful": False},
     "alarms": [
         {"name": "no-upstream", "severity": "critical", "text": "no upstream answers \x1b[2J"}
@@ -553,3 +554,22 @@ def test_verify_goes_to_the_directory_of_the_settings_when_nobody_serves(tmp_pat
     assert (result.exit_code, json.loads(result.stdout)["damaged"]) == (0, 0), result.output
     told = run("cache", "verify", "--config", settings, "--admin", "http://127.0.0.1:1").stderr
     assert "no control plane answers" in told
+
+
+HELD = {
+    "stream": "{535CB6A4-441F-4E8A-A897-804CD859100E}",
+    "product": "Virus Definitions",
+    "revision": "260801002",
+    "held_by": "ann",
+    "held_at": 0.0,
+    "reason": "crashes \x1b clients",
+    "except_subnets": ["10.1.0.0/16"],
+    "newest": None,
+}
+
+
+def test_what_is_on_hold_in_a_line():
+    line = hold_line(HELD)
+    assert line.startswith("Virus Definitions 260801002, except for 10.1.0.0/16, since 19")
+    assert line.endswith(", by ann: crashes \x1b clients")
+    assert hold_line(HELD | {"reason": "", "held_by": "", "except_subnets": []}).endswith(": no reason given")

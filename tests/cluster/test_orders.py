@@ -3,8 +3,21 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from gup.cluster.orders import KEPT_SECONDS, Order, OrderLog, knows, read_order, write_order
+from gup.cluster.orders import (
+    KEPT_SECONDS,
+    MAX_KNOWN,
+    KnownText,
+    Order,
+    OrderLog,
+    covers,
+    knows,
+    read_order,
+    stamped,
+    unstamped,
+    write_order,
+)
 
 NOW = 2_000_000.0
 LATE = int(NOW * 1000) + 10
@@ -66,9 +79,43 @@ def test_a_gap_is_seen_and_filled():
     assert log.take(order("b", LATE + 9, LATE + 5), NOW)
     assert log.take(order("b", LATE + 12, LATE + 9), NOW)
     assert not log.take(order("b", LATE + 9, LATE + 5), NOW), "known"
-    assert (log.known(NOW), log.has_gap(NOW)) == (f"b={LATE}+{LATE + 9}+{LATE + 12}", True)
+    assert (log.known(NOW), log.has_gap(NOW)) == (f"b={LATE}+{LATE + 9}-{LATE + 12}", True)
     log.take(order("b", LATE + 5, LATE), NOW)
     assert (log.known(NOW), log.has_gap(NOW)) == (f"b={LATE + 12}", False)
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "is_covered"),
+    [
+        ("b=9", "b=5+9", True),
+        ("b=5+9", "b=9", False),  # it lacks what is between 5 and 9
+        ("b=5+9-12", "b=5+9+11", True),
+        ("b=5+9+11", "b=5+9-11", False),
+        ("b=5+9-12", "b=5+8-10", False),
+        ("", "b=0+3", False),
+        ("b=3", "", True),
+        ("", "c=0", True),
+    ],
+)
+def test_who_lacks_something_is_seen(text, other, is_covered):
+    assert covers(text, other) is is_covered
+
+
+def test_orders_that_all_have_lost_do_not_make_it_too_long():
+    """A gap costs as much behind it as it has itself, and thousands of gaps no more than fits into a head."""
+    log = OrderLog("a", [order("b", LATE + number, LATE + number - 1) for number in range(2000)])
+    assert len(log.known(NOW)) < 40
+    gaps = OrderLog("a", [order("b", LATE + 2 * number, LATE + 2 * number - 1) for number in range(3000)])
+    known = stamped(gaps.known(NOW), NOW)
+    assert TypeAdapter(KnownText).validate_python(known) == known
+    assert len(known) > MAX_KNOWN - 100
+    assert all(knows(known, "b", each.number) for each in gaps.orders), "else its bodies would not be served"
+
+
+def test_a_body_says_when_its_fetch_began():
+    for known in ("", "a=5", "a=5 @b=7"):
+        assert unstamped(stamped(known, 12.5)) == (known, 12.5)
+        assert unstamped(known) == (known, None)
 
 
 def test_what_came_before_all_that_is_kept_is_no_gap():
@@ -83,13 +130,36 @@ def test_what_is_too_old_is_dropped_and_taken_from_nobody_but_a_pin_stands():
     assert not log.take(order("b", 3, at=old), NOW)
     assert log.take(order("b", 4, action="pin", at=old, key="k"), NOW)
     log.forget(NOW)
-    assert log.standing("k").number == 4
+    assert log.standing(("pin", "k")).number == 4
     assert log.take(order("c", 6, action="unpin", at=NOW - 1, key="k"), NOW)
     log.forget(NOW)
     assert [each.action for each in log.orders] == ["unpin"]
     assert not log.take(order("b", 4, action="pin", at=old, key="k"), NOW), "not again"
     log.forget(NOW + KEPT_SECONDS)
-    assert (log.orders, log.standing("k")) == ([], None)
+    assert (log.orders, log.is_pinned("k")) == ([], False)
+
+
+def test_a_hold_stands_until_it_is_released_and_the_release_stands():
+    """A node that was off for longer than orders are kept does not bring the hold back."""
+    what = {"stream": "s", "revision": "1"}
+    log, old = OrderLog("a"), NOW - KEPT_SECONDS - 1
+    assert log.take(order("b", 4, action="hold", at=old, **what), NOW)
+    assert log.take(order("b", 5, action="hold", at=old, stream="s", revision="2"), NOW)
+    log.forget(NOW)
+    assert [each.number for each in log.holds()] == [4, 5]
+    released = log.write(NOW, "release", what)
+    assert [each.number for each in log.holds()] == [5]
+    log.forget(NOW + 2 * KEPT_SECONDS)
+    assert released in log.orders
+    assert not log.take(order("b", 4, action="hold", at=old, **what), NOW + 2 * KEPT_SECONDS)
+
+
+def test_the_later_word_counts_also_when_the_clock_was_set_back():
+    log, what = OrderLog("a"), {"stream": "s", "revision": "1"}
+    log.take(order("b", LATE, action="hold", at=NOW + 3600, **what), NOW)
+    released = log.write(NOW, "release", what)
+    assert (log.holds(), released.at > NOW + 3600) == ([], True)
+    assert log.write(NOW - 60, "hold", what) in log.holds()
 
 
 NODES, KEYS = 4, 2

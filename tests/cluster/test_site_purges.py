@@ -1,14 +1,16 @@
 """Purges of a site, with real services and a real engine: what is purged anywhere is served nowhere again."""
 
 import time
+from contextlib import contextmanager
 from functools import partial
 from urllib.parse import quote
 
 import pytest
 from cluster.conftest import cluster
+from cluster.nodes import Valkey
 from cluster.services import PASSWORD, running
 from harness.caches import path_of, route
-from harness.content import content_path, zip_of
+from harness.content import MONIKER, content_path, zip_of
 from harness.processes import until
 from harness.upstreams import Answer, Gate
 
@@ -161,6 +163,122 @@ def test_a_pin_holds_on_all_nodes(site):
 
 def _is_pinned(gup, wanted):
     return gup.api(f"/api/v1/content/{KEY}")[1]["pinned"] is wanted
+
+
+# --- purges by times
+
+LATER = content_path("full.zip", revision="260802001")
+
+
+@pytest.mark.long
+def test_a_purge_by_age_goes_by_the_fetch_over_the_wan_at_every_node(site):
+    """A copy that a node took from another one later is as old as that; what was fetched since stays."""
+    for name in ("a", "b", "c"):
+        site.start(name)
+    until(site.all_ask_all, "all ask all", 30)
+    one, two, three = site.nodes.values()
+    one.serves(FILE, OLD)
+    fetched_at = time.time()
+    until(lambda: time.time() - fetched_at > 3.0, "it is older than two seconds")
+    site.upstream.answer(LATER, Answer(NEW, etag='"l"'))
+    for gup in (two, three):
+        gup.serves(FILE, OLD)
+        gup.serves(LATER, NEW)
+        gup.wait_stored(FILE)
+        gup.wait_stored(LATER)
+    site.upstream.answer(FILE, Answer(NEW, etag='"b"'))
+    status, answer = two.api("/api/v1/content?older_than=2&kind=full", "DELETE")
+    assert (status, answer["unconfirmed"]) == (200, []), answer
+    for gup in (three, one, two):
+        gup.serves(FILE, NEW)
+        gup.serves(LATER, NEW)
+    assert [len(site.upstream.requests(path)) for path in (FILE, LATER)] == [2, 1]
+
+
+@pytest.mark.long
+def test_a_purge_of_what_is_unused_goes_by_the_uses_at_each_node(site):
+    for name in ("a", "b"):
+        site.start(name)
+    all_hold_the_old_body(site)
+    one, two = site.nodes["a"], site.nodes["b"]
+
+    def used_since(gup, at):
+        return gup.api(f"/api/v1/content/{KEY}")[1]["used_at"] > at
+
+    began = time.time()
+    until(lambda: time.time() - began > 3.0, "it is unused for two seconds")
+    two.serves(FILE, OLD)
+    until(lambda: used_since(two, began + 1), "its use is known")
+    assert two.api("/api/v1/content?unused_for=2", "DELETE")[1]["unconfirmed"] == []
+    until(lambda: one.api(f"/api/v1/content/{KEY}")[0] == 404, "it is removed where nobody used it")
+    assert two.api(f"/api/v1/content/{KEY}")[0] == 200
+    one.serves(FILE, OLD)
+    assert len(site.upstream.requests(FILE)) == 1, "the other node has it"
+
+
+# --- the engine is failed over
+
+
+@contextmanager
+def replica_of(valkey, folder):
+    """A second engine that has all that the first one has, and gets nothing more."""
+    folder.mkdir()
+    replica = Valkey(folder)
+    try:
+        with replica.client() as client:
+            client.config_set("masterauth", PASSWORD)
+            client.config_set("requirepass", PASSWORD)
+        with replica.client(PASSWORD) as client:
+            client.replicaof("127.0.0.1", valkey.port)
+            until(lambda: client.info("replication")["master_link_status"] == "up", "it replicates", 30)
+            client.replicaof("no", "one")
+            yield replica
+    finally:
+        replica.kill()
+
+
+def demote(valkey, replica):
+    """The primary becomes the replica's, and loses what that one does not have; then it is primary again."""
+    with valkey.client(PASSWORD) as client:
+        client.config_set("masterauth", PASSWORD)
+        client.replicaof("127.0.0.1", replica.port)
+        until(lambda: client.info("replication")["master_link_status"] == "up", "it was demoted", 30)
+        assert client.xlen(ORDERS) == 0, "it has lost the order"
+        client.replicaof("no", "one")
+
+
+ORDERS = "gup:{lyon}:orders"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["purge", "hold"])
+def test_an_order_that_a_primary_acknowledged_before_it_was_demoted_is_not_lost(site, what):
+    """It is known to a member that the node that was off has never seen; the one that gave it is gone."""
+    for name in ("a", "b"):
+        site.start(name)
+    all_hold_the_old_body(site)
+    two = site.nodes.pop("b")
+    assert two.stop() == 0
+    one, three = site.nodes["a"], site.start("c")
+    until(site.all_ask_all, "all ask all", 30)
+    three.serves(FILE, OLD)
+    three.wait_stored(FILE)
+    with replica_of(site.valkey, site.folder / "replica") as replica:
+        if what == "purge":
+            assert purge(one) == []
+        else:
+            given = {"stream": MONIKER, "revision": FILE.split("/")[3]}
+            assert one.api("/api/v1/holds", "POST", given=given)[1]["unconfirmed"] == []
+        with engine(site) as client:
+            until(lambda: client.xlen(ORDERS), "the primary has acknowledged it")
+        one.kill()
+        demote(site.valkey, replica)
+        two.start()
+        for gup in (two, three):
+            answer = gup.get(FILE)
+            assert answer.status == 403 if what == "hold" else answer.body == NEW
+        with engine(site) as client:
+            until(lambda: client.xlen(ORDERS), "it was put back", 30)
 
 
 # --- copies, between nodes in this process

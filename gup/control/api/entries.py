@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from heapq import nlargest, nsmallest
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from aiohttp import web
 from pydantic import Field, model_validator
@@ -140,7 +140,7 @@ async def purge_all(state: ControlState, query: Purge) -> schemas.PurgedEntries:
     """Remove all entries that a filter selects, and their parts; open readers continue.
 
     Fills under way that it selects go on for those that read them, and are not stored. A filter by times
-    selects what is stored now alone.
+    selects what is stored now alone; in a cluster one by age selects what was fetched before, wherever it is.
     """
     if not query.is_given:
         raise web.HTTPBadRequest(text="give a filter: pattern=* matches everything that is not pinned")
@@ -161,9 +161,16 @@ async def purge_all(state: ControlState, query: Purge) -> schemas.PurgedEntries:
 
 
 async def selection_of(state: ControlState, query: Purge) -> Selection | None:
-    """What a purge selects, stored here or not; None when that depends on times."""
+    """What a purge selects, stored here or not; None when that depends on times and this gup is alone.
+
+    For the nodes of a cluster times are moments, since each has its own age of a copy.
+    """
+    moments: dict[str, Any] = {}
     if query.older_than is not None or query.unused_for is not None:
-        return None
+        if (book := state.dependencies.book) is None:
+            return None
+        ages = {"fetched_before": query.older_than, "unused_since": query.unused_for}
+        moments = {name: book.now - age for name, age in ages.items() if age is not None}
     labelled, streams = (query.product, query.version, query.language), list[Stream]()
     if any(part is not None for part in labelled):
         every = {*state.index.rows.streams(), *state.dependencies.catalogue_rows().streams()}
@@ -180,7 +187,8 @@ async def selection_of(state: ControlState, query: Purge) -> Selection | None:
     given = query.model_dump(
         include={"kind", "stream", "revision", "pattern", "product", "version", "language"}
     )
-    return Selection(**given, streams=tuple(sorted(streams)), pinned=query.pinned == "1")
+    pinned = query.pinned == "1"
+    return Selection(**given, **moments, streams=tuple(sorted(streams)), pinned=pinned)
 
 
 async def pin(state: ControlState, path: Key) -> schemas.Pinned:
@@ -195,9 +203,8 @@ async def unpin(state: ControlState, path: Key) -> schemas.Pinned:
 
 async def _pinned(state: ControlState, key: ContentKey, pinned: bool) -> schemas.Pinned:
     found = await state.set_pinned(key, pinned=pinned)
-    cluster = state.dependencies.cluster
-    if cluster is not None and cluster.book is not None:
-        await cluster.book.issue("pin" if pinned else "unpin", {"key": key.text})
+    if (book := state.dependencies.book) is not None:
+        await book.issue("pin" if pinned else "unpin", {"key": key.text})
     elif not found:
         raise _not_found(key)
     return schemas.Pinned(key=key.text, pinned=pinned)

@@ -61,7 +61,10 @@ class Verify(Request):
 
 
 async def order(state: ControlState, query: Order) -> schemas.PrefetchOrder:
-    """Fetch content before clients ask for it, while no client's fill needs the link."""
+    """Fetch content before clients ask for it, while no client's fill needs the link.
+
+    In a cluster each node keeps it; it crosses the WAN once.
+    """
     try:
         if query.path is not None:
             queued = state.prefetcher.order(query.path, query.version, query.language)
@@ -71,7 +74,12 @@ async def order(state: ControlState, query: Order) -> schemas.PrefetchOrder:
         raise web.HTTPNotFound(text=str(error)) from error
     except ValueError as error:
         raise web.HTTPBadRequest(text=str(error)) from error
-    return schemas.PrefetchOrder(wanted=[prefetch_row(state, fetch) for fetch in queued])
+    book, missing = state.dependencies.book, tuple[str, ...]()
+    if book is not None:
+        wanted = [{"key": fetch.key.text, "path": fetch.path} for fetch in queued]
+        missing = await book.issue("prefetch", {"wanted": wanted})
+    rows = [prefetch_row(state, fetch) for fetch in queued]
+    return schemas.PrefetchOrder(wanted=rows, unconfirmed=list(missing))
 
 
 def _newest(state: ControlState, query: Order) -> dict[Stream, str]:

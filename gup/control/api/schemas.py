@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, RootModel, W
 from gup.cache.archive import Imported
 from gup.content.key import Kind
 
+_UNCONFIRMED = "Members of the cluster that have not confirmed it within a second: they follow."
+
 
 class Response(BaseModel):
     """Made by name, or from another object's attributes. Members with a default are left out unless set.
@@ -275,6 +277,25 @@ class Cluster(Response):
     sums: SiteTraffic
 
 
+class RevisionOnHold(Response):
+    stream: str = Field(description="The moniker.")
+    product: str
+    revision: str
+    held_by: str = Field(description="As they stated it.")
+    held_at: float
+    reason: str
+    except_subnets: list[str] = Field(description="Clients in these may have it.")
+    newest: str | None = Field(description="The newest revision stored here that is not on hold.")
+
+
+class RevisionsOnHold(Response):
+    holds: list[RevisionOnHold]
+
+
+class HoldsChanged(RevisionsOnHold):
+    unconfirmed: list[str] = Field(description=_UNCONFIRMED)
+
+
 class Status(Response):
     site: str
     version: str
@@ -296,6 +317,7 @@ class Status(Response):
     scrub: Scrub
     reload: Reload
     alarms: list[Alarm]
+    holds: list[RevisionOnHold] = Field(description="Revisions that clients do not get.")
     cluster: Cluster | None = Field(description="None: this gup is alone.")
     failures: list[FailedFill]
     malformed_events: int
@@ -412,9 +434,6 @@ class EntryWithRecord(Entry):
     record: EntryRecord | None = Field(description="Null when it is damaged or has just been removed.")
 
 
-_UNCONFIRMED = "Members of the cluster that have not confirmed it within a second: they follow."
-
-
 class Purged(Response):
     key: str
     freed_bytes: int
@@ -505,6 +524,7 @@ class Prefetch(Response):
 
 class PrefetchOrder(Response):
     wanted: list[Prefetch] = Field(description="What was queued, for each variant that fits.")
+    unconfirmed: list[str] = Field(description=_UNCONFIRMED)
 
 
 class RuleRefusal(Variant):

@@ -9,11 +9,13 @@ from aiohttp import web
 from pydantic import BaseModel, Field
 
 import gup
+from gup.cache.revision_holds import RevisionHold
 from gup.cache.store import Part
 from gup.cluster.membership import Row
 from gup.config import Settings
 from gup.config.loading import masked
 from gup.content.catalog import Stream, normal_moniker
+from gup.content.key import ANY
 from gup.content.rules import Rulebook
 from gup.content.variant_choice import explain
 from gup.control.api import schemas
@@ -87,10 +89,27 @@ async def status(state: ControlState) -> schemas.Status:
         scrub=state.scrubber.progress(),
         reload=schemas.Reload(successful=process.config_ok()),
         alarms=state.alarms,
+        holds=on_hold(state, state.holds.holds),
         cluster=await cluster(state) if process.cluster is not None else None,
         failures=list(state.failures),
         malformed_events=state.malformed_events,
     )
+
+
+def on_hold(state: ControlState, holds: Iterable[RevisionHold]) -> list[schemas.RevisionOnHold]:
+    return [
+        schemas.RevisionOnHold(
+            stream=hold.stream,
+            product=state.label((ANY, ANY, hold.stream))[0],
+            revision=hold.revision,
+            held_by=hold.by,
+            held_at=hold.at,
+            reason=hold.reason,
+            except_subnets=list(hold.except_subnets),
+            newest=hold.newest or None,
+        )
+        for hold in holds
+    ]
 
 
 async def fills(state: ControlState) -> schemas.Fills:

@@ -175,6 +175,10 @@ def _said_of_fills(state: ControlState, known: schemas.KnownFile) -> Iterator[st
 
 
 def _said_of_clients(state: ControlState, known: schemas.KnownFile) -> Iterator[str]:
+    if (hold := state.holds.on(ContentKey.parse(known.key))) is not None:
+        besides = f" but those in {', '.join(hold.except_subnets)}" if hold.except_subnets else ""
+        who, why = hold.by or "an operator", hold.reason or "no reason was given"
+        yield f"On hold for all clients{besides}, {_ago(state, hold.at)}, by {who}: {why}."
     for refused in known.refusals:
         states = " and ".join(filter(None, (refused.version, refused.language))) or "nothing"
         verb = "may not have it" if refused.enforced else 'would be refused if rules.mode were "enforce"'
