@@ -3,9 +3,7 @@
 from gup.cluster.member_list import ALONE, FILE, Member, Members, MembersReader, read_members, write_members
 from gup.metrics import MAX_MEMBERS
 
-THREE = Members(
-    "a", (Member("b", "http://b:2969", True), Member("c", "http://c:2969", False)), 17, 3, ("c", "b")
-)
+THREE = Members("a", (Member("b", "http://b:2969", True), Member("c", "http://c:2969", False)), 3, ("c", "b"))
 
 
 def test_the_list_is_read_as_it_was_written(tmp_path):

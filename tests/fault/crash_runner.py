@@ -98,6 +98,7 @@ async def space_of(worker: Worker, max_size: int) -> Evictor:
         purges=dependencies.purges,
         share_purges=worker.share_purges,
         cluster=None,
+        book=None,
         set_store_bytes=lambda _: None,
         promised_bytes=lambda: 0,
         drop_memory=lambda _key: 0,
