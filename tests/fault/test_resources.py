@@ -59,6 +59,7 @@ def test_out_of_descriptors_what_is_open_goes_on_and_the_rest_waits(serve):
     assert gup.workers() == [worker]
 
 
+@pytest.mark.long
 def test_whichever_descriptor_a_fill_lacks_the_answer_is_honest_and_nothing_stays(serve):
     """Enough for the first few steps of a miss; the next one lacks its descriptor."""
     paths = [content_path(f"xdelta2601{10 + spare}001_To_{REVISION}.dax") for spare in range(8)]

@@ -62,6 +62,7 @@ def program(path: Path, text: str) -> str:
     return str(path)
 
 
+@pytest.mark.long
 def test_an_alarm_is_told_once_when_it_begins_and_once_when_it_ends(serve, receiver):
     nowhere = Elsewhere(free_port())
     each = {"health_interval": "1s", "connect_timeout": "1s"}
@@ -121,7 +122,14 @@ def test_what_waits_survives_the_controller_and_the_service_and_comes_in_order(s
     assert len(receiver.got()) == 5
 
 
-@pytest.mark.parametrize("say", ["500", "302 {url}", "429 1", "404", "503 garbage"])
+@pytest.mark.parametrize(
+    "say",
+    [
+        "500",
+        "302 {url}",
+        *(pytest.param(say, marks=pytest.mark.long) for say in ("429 1", "404", "503 garbage")),
+    ],
+)
 def test_what_is_not_accepted_is_sent_again_and_harms_nothing(serve, receiver, tmp_path, say):
     with AlarmReceiver(tmp_path / "other", SECRET) as other:
         receiver.say(say.format(url=other.url))

@@ -7,6 +7,7 @@ import pytest
 from harness.clients import fetch
 from harness.commands import on
 from harness.content import CONTENT_INFO, INDEX, MONIKER, content_path, zip_of
+from harness.processes import until
 from harness.upstreams import Answer, Gate
 
 GOOD, BAD, NEXT = "260801001", "260801002", "260802001"
@@ -144,7 +145,7 @@ def test_no_answer_of_the_revision_begins_after_the_command_has_ended(serve):
 def test_a_product_may_be_named_and_what_may_be_had_instead_is_told(serve):
     gup, _ = serve(FILES, catalog={"refresh": "1h"}, **TWO)
     gup.serves(OLDER, FILES[OLDER])
-    gup.wait_stored(OLDER)
+    until(lambda: gup.api(f"/api/v1/content?revision={GOOD}")[1]["matching"], "it is in the index")
     done = on(gup, "hold", "SEPC Virus Definitions Win32 14.3 RU2", BAD, "--json")
     assert [one["stream"] for one in json.loads(done.stdout)["holds"]] == [MONIKER]
     answer = gup.get(FULL)
