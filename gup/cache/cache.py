@@ -128,7 +128,7 @@ class Cache:
                     if isinstance(body := await fill.join(), GrowingBody):
                         body.leave()
         if fill is not None and not background:
-            fill.hurry(self._deps.pool.wan)
+            fill.promote(self._deps.pool.wan)
         if fill is not None and fill.body is not None and fill.from_wan():
             return Opened(fill.body.reader(), Result.COLLAPSED, key, route.kind)
         return await self._stored(key, route)  # its fill may have ended since the first look
@@ -242,7 +242,7 @@ class Cache:
             fill = self._current(key)
             first, late = fill is None, fill is not None and fill.body is not None and fill.body.ended
             fill = fill or self._begin_for(Fill(key, route, variant, passed, client, background=background))
-            fill.promote(deps.pool.wan, by_client=not background)
+            fill.request(deps.pool.wan, background=background)
             try:
                 joined = await self._joined(fill, passed)
             except Problem:

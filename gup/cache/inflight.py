@@ -231,14 +231,14 @@ class Fill:
         assert self.end is not None
         return self.end
 
-    def promote(self, wan: Wan, *, by_client: bool = True) -> None:
-        """A client waits for it now; or, not `by_client`, another member's background fill."""
+    def request(self, wan: Wan, *, background: bool) -> None:
+        """A client waits for it, or another member's `background` fill: it may fetch."""
         self.joins = False
-        if by_client:
-            self.hurry(wan)
+        if not background:
+            self.promote(wan)
 
-    def hurry(self, wan: Wan) -> None:
-        """It does not yield to clients' fills any more."""
+    def promote(self, wan: Wan) -> None:
+        """A client waits for it now: it does not yield to clients' fills any more."""
         if self.background:
             self.background = False
             self.share.priority = class_of(self.route)

@@ -358,7 +358,7 @@ class Leader:
                     self._fill.promote(self._deps.pool.wan)
                 await asyncio.sleep(_LOOK_SECONDS)
             if self._download is not None:
-                await self._download.hurry()
+                await self._download.promote()
 
         return asyncio.get_running_loop().create_task(watch())
 

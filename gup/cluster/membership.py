@@ -38,7 +38,7 @@ class Row:
     fingerprint: str
     """Of its upstreams: nodes that would fetch other things are not asked."""
     apart: bool = False
-    """It has had no answer from the engine lately, so it takes its part of the WAN's rate without a grant."""
+    """It has had no recent answer from the engine, so it takes its part of the WAN's rate without a grant."""
     leaving: bool = False
     share: int = 0
     """Of the WAN's rate, in bytes/s, as it had it before this beat."""

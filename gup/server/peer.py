@@ -37,7 +37,7 @@ _MOST_CONNECTIONS = 4096
 _ORDERS_SECONDS, _LOOK_SECONDS = 0.9, 0.01
 _READY_SECONDS = 1.0
 """A question that can't be answered by then is answered with NOT_READY, and asked again."""
-_HURRY_SECONDS = 0.3
+_PROMOTED_SECONDS = 0.3
 """Longer than it takes a process to see that another one's client waits."""
 _TRIES = 3
 _BACKGROUND = str(int(Class.BACKGROUND))
@@ -229,8 +229,8 @@ class PeerHandler:
             span = next((segment for segment in response.segments if isinstance(segment, Span)), None)
             if span is None:
                 try:
-                    if request.header("gup-hurry") == "1":  # a reader tells the process that leads the fill
-                        await asyncio.sleep(_HURRY_SECONDS)
+                    if request.header("gup-promote") == "1":  # a reader tells the process that leads the fill
+                        await asyncio.sleep(_PROMOTED_SECONDS)
                 finally:
                     opened.body.leave()
                 return response

@@ -207,10 +207,10 @@ class Download:
     def slow(self) -> bool:
         return self._answer is not None and self._answer.steadiness.slow
 
-    async def hurry(self) -> None:
+    async def promote(self) -> None:
         """Tell the member that sends it that a client waits; one that has not begun is asked again anyway."""
         if isinstance(source := self._source, Member) and self._answer is not None:
-            await self._members.hurry(source, self._template)
+            await self._members.promote(source, self._template)
 
     def close(self) -> None:
         self._ready = b""

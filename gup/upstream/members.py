@@ -219,10 +219,10 @@ class Members:
                 if answer is not None:
                     return answer
 
-    async def hurry(self, member: Member, ask: Ask) -> None:
+    async def promote(self, member: Member, ask: Ask) -> None:
         """Tell it that a client waits for the body that it sends."""
         with contextlib.suppress(UpstreamFailure, Problem):
-            await self.ask(member, replace(_look(ask), hurry=True))
+            await self.ask(member, replace(_look(ask), promotes=True))
 
     def _question(self, member: Member, ask: Ask) -> Question:
         assert self._signer is not None
@@ -231,7 +231,7 @@ class Members:
             "GUP-Class": str(ask.share.priority),
             "GUP-Client": blake2b(ask.client.encode(), digest_size=8).hexdigest() if ask.client else "",
             "GUP-Held": "1" if ask.held else "0",
-        } | ({"GUP-Hurry": "1"} if ask.hurry else {})
+        } | ({"GUP-Promote": "1"} if ask.promotes else {})
         signer, now = self._signer(), self._time_ms()
         return signer.ask(self._node, member.member, ask.method, ask.path, now, own.items())
 

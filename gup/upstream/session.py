@@ -48,9 +48,8 @@ class Ask:
     are the gups that the client's request came through. `client` is who asked, "" for a request of gup's
     own. `check`: a health check, for which any response is good. `key` is the content key; `held`: a
     member of the cluster is to answer only with what it holds, and to fetch nothing. `own_etag` is the tag of
-    the body here, which members have in common, beside upstream's in `if_none_match`. `hurry`: a member is to
-    promote the fill that it sends. `signed` are the fields
-    of a signed question to a member.
+    the body here, which members have in common, beside upstream's in `if_none_match`. `promotes`: a member is
+    to promote the fill that it sends. `signed` are the fields of a signed question to a member.
     """
 
     path: str
@@ -70,7 +69,7 @@ class Ask:
     key: str = ""
     held: bool = False
     own_etag: str | None = None
-    hurry: bool = False
+    promotes: bool = False
     signed: Mapping[str, str] = field(default_factory=dict)
 
     @property
