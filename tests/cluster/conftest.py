@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
+from cluster.nodes import Valkey
 from cluster.services import UNLIMITED, Site, running
 from harness.caches import Worker, working
 from harness.private import private_turns
@@ -45,6 +46,13 @@ def until() -> Callable:
         assert condition(), what
 
     return wait
+
+
+@pytest.fixture
+def valkey(tmp_path) -> Iterator[Valkey]:
+    engine = Valkey(tmp_path / "valkey")
+    yield engine
+    engine.kill()
 
 
 @pytest.fixture

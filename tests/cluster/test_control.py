@@ -14,13 +14,6 @@ from gup.control.order_book import OrderBook
 
 
 @pytest.fixture
-def valkey(tmp_path):
-    engine = Valkey(tmp_path / "valkey")
-    yield engine
-    engine.kill()
-
-
-@pytest.fixture
 async def cluster(valkey):
     """`await cluster("a", "b")`: nodes that run; what is given by name goes to each."""
     made = []

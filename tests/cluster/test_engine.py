@@ -5,7 +5,7 @@ import time
 
 import pytest
 from cluster.engines import redis_with_tls, replicated
-from cluster.nodes import Node, Valkey, until
+from cluster.nodes import Node, until
 from harness.upstreams import Authority
 
 from gup.cluster.beat import EngineError
@@ -20,13 +20,6 @@ def settings(port, **more):
 
 async def beat(engine):
     return await engine.beat("a", "row", start=1, rate=100, demand=(0, 0, 0), grant=0)
-
-
-@pytest.fixture
-def valkey(tmp_path):
-    engine = Valkey(tmp_path / "valkey")
-    yield engine
-    engine.kill()
 
 
 async def test_a_call_that_takes_too_long_has_failed_and_the_next_one_is_right(valkey):

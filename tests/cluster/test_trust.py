@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from cluster.nodes import SECRET, SITE, Node, Valkey, until
+from cluster.nodes import SECRET, SITE, Node, until
 from cluster.relay import Relay
 from cluster.services import PASSWORD, UNLIMITED, loaded, other_clock, owned_by, running
 from cluster.test_one_fetch import bodies, herd
@@ -19,13 +19,6 @@ from harness.upstreams import Answer, RawUpstream
 from gup.cluster.signing import Signer
 
 ROWS = "gup:{lyon}:members"
-
-
-@pytest.fixture
-def valkey(tmp_path):
-    engine = Valkey(tmp_path / "valkey")
-    yield engine
-    engine.kill()
 
 
 @contextlib.asynccontextmanager
