@@ -94,7 +94,7 @@ class Download:
     is unreachable. `holds` remembers rejected responses.
 
     Members of the cluster come first: those that rank above this node, then one that holds the body. In
-    mid-body they are asked for what they hold only (gup.cluster.order).
+    mid-body they are asked for what they hold only (gup.cluster.ownership).
     """
 
     def __init__(  # noqa: PLR0913 - one body, its upstreams and its fill

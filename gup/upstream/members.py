@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from gup import config
 from gup.cluster.member_list import ALONE
 from gup.cluster.member_list import Members as Listed
-from gup.cluster.order import above, ranked
+from gup.cluster.ownership import above, ranked
 from gup.cluster.signing import Question, Signer
 from gup.errors import Problem
 from gup.jsonmodel import InvalidError

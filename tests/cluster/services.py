@@ -16,7 +16,7 @@ from harness.processes import free_port, until
 from harness.service import REPOSITORY, Gup
 from harness.upstreams import Answer, ScriptedUpstream
 
-from gup.cluster.order import ranked
+from gup.cluster.ownership import ranked
 from gup.content.key import Variant
 from gup.content.routes import Routes
 

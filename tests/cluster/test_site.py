@@ -9,7 +9,7 @@ from cluster.conftest import cluster
 from harness.caches import path_of, read, route
 from harness.upstreams import Answer, Gate
 
-from gup.cluster.order import ranked
+from gup.cluster.ownership import ranked
 from gup.content.key import Variant
 from gup.errors import Problem
 

@@ -12,7 +12,7 @@ from harness.content import CONTENT_INFO, INDEX, MONIKER, content_path, zip_of
 from harness.processes import until as wait_until
 from harness.upstreams import Answer, Gate
 
-from gup.cluster.order import ranked
+from gup.cluster.ownership import ranked
 from gup.content.key import Variant
 
 BODY = zip_of("prefetched", 600_000)

@@ -1,10 +1,10 @@
-"""Nodes that find content by gup.cluster.order, over links and a WAN that have rates."""
+"""Nodes that find content by gup.cluster.ownership, over links and a WAN that have rates."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from gup.cluster.order import Source, steps
+from gup.cluster.ownership import Source, steps
 from simulation.day import Day
 
 STEP_SECONDS = 10

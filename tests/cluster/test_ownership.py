@@ -10,7 +10,7 @@ from cluster.virtual import Stuck, run
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from gup.cluster.order import Source, Step, above, further_steps, ranked, steps
+from gup.cluster.ownership import Source, Step, above, further_steps, ranked, steps
 
 NAMES = [f"node{n}" for n in range(6)]
 KEYS = [f"any/any/stream/26080{n}001/full.dax" for n in range(400)]
