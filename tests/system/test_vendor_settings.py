@@ -180,7 +180,7 @@ def test_a_reload_changes_how_many_may_and_with_no_queue_whoever_finds_no_slot_i
     until(lambda: downloads(gup)[1] == 0, "nobody waits, although the first still reads")
     assert all(client.response().complete for client in clients)
     assert gup.status()["limits"]["downloads"]["limit"] is None
-    gup.reload(clients={"max_downloads": 1, "queue": 0, **each_its_own}, listen={"write_timeout": "1s"})
+    gup.reload(clients={"max_downloads": 1, "queue": 0, **each_its_own})  # and the first still reads
     until(lambda: gup.get(FULL).status == 503, "the limit and no queue")
     gup.close_clients()
     until(lambda: gup.get(FULL).status == 200, "the slot is free")
