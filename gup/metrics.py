@@ -19,7 +19,7 @@ CODES_OF_RESULT: Mapping[str, tuple[str, ...]] = {
     "revalidated": _SERVED,
     "stale": _SERVED,
     "bypass": _SERVED,
-    "refused": ("400", "403", "404", "405", "408", "414", "431", "503", "505", "508"),
+    "refused": ("307", "400", "403", "404", "405", "408", "414", "431", "503", "505", "508"),
     "error": ("404", "410", "500", "502", "503", "504"),
 }
 """Status codes by result: the series of `gup_requests_total`."""
@@ -86,7 +86,7 @@ RECEIVERS = ("webhook", "command")
 _RECEIVER: Label = ("to", RECEIVERS)
 _TRIED = ("outcome", ("accepted", "failed", "dropped"))
 _OF_PATCHES = ("client_patches_off", "manager_too_old", "version", "language", "undeclared")
-_RULE = ("rule", ("content_type", "unlisted", *_OF_PATCHES, "hold"))
+_RULE = ("rule", ("content_type", "unlisted", *_OF_PATCHES, "hold", "canary"))
 _CLOSED = ("reason", ("network", "limit", "address", "proxy"))
 _LIMITED = ("of", ("connections", "connections_per_address", "downloads", "fills", "queue"))
 _PRODUCT: Label = ("product", ())

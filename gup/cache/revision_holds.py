@@ -56,6 +56,66 @@ Words = Annotated[str, StringConstraints(max_length=500)]
 Subnet = Annotated[str, AfterValidator(_subnet)]
 
 
+def revision_of(route: Route) -> str | None:
+    """The revision that a body brings a client to; None for a full package that may be of any.
+
+    Of a delta its file name decides: one that leads away from the revision of its folder is of another. A
+    full in a folder that is no number, such as "latest", may be of any revision.
+    """
+    if (step := delta_step(route.file)) is not None:
+        return step.to_revision
+    any_ = route.kind is Kind.INDEX and FULL.fullmatch(route.file) is not None
+    return None if any_ else route.revision
+
+
+def is_within(client: str, subnets: Iterable[str]) -> bool:
+    """`client` is who counts as one: an IPv4 address or an IPv6 /64, with a port where many share it."""
+    network: Any = ip_network(client.partition(" ")[0])
+    found: Iterable[Any] = map(ip_network, subnets)
+    return any(network.version == one.version and network.subnet_of(one) for one in found)
+
+
+def kept_back(
+    slug: str,
+    detail: str,
+    route: Route,
+    newest: str,
+    stated: Mapping[str, object],
+    *,
+    retry_after_seconds: float | None = None,
+) -> Problem:
+    """The problem of a client that may not have a revision: what it may have in its place, and for a full
+    package where that is.
+    """
+    headers: tuple[tuple[str, str], ...] = ()
+    if newest:
+        detail += f" The newest revision here that all clients may have is {newest}."
+        if FULL.fullmatch(route.file):
+            folder, _, file = route.upstream_path.rpartition("/")
+            path = f"{folder.rpartition('/')[0]}/{newest}/{file}"
+            headers = (("Link", f'<{path}>; rel="alternate"'),)  # RFC 8288
+    return Problem(
+        slug,
+        detail,
+        headers=headers,
+        extensions={**stated, "newest": newest},
+        retry_after_seconds=retry_after_seconds,
+    )
+
+
+def in_its_place(problem: Problem) -> Problem | None:
+    """The redirection that takes the place of such a problem; None where there is nothing to be had.
+
+    It says the same: who keeps the revision back, and why.
+    """
+    path = next((text.partition(">")[0][1:] for name, text in problem.headers if name == "Link"), "")
+    detail = f"{problem.detail} Its full package is given in place of the one that was asked for."
+    headers = (("Location", path),)
+    return (
+        Problem("newest-in-place", detail, headers=headers, extensions=problem.extensions) if path else None
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class RevisionHold:
     """`at` is in Unix seconds, `node` where it was ordered, `by` whose order it was as they stated it.
@@ -94,36 +154,21 @@ class RevisionHold:
         Of a delta its file name decides: one that leads away from the revision is served. A full in a folder
         that is no number, such as "latest", may be of any revision.
         """
-        if route.stream != self.stream:
-            return False
-        step = delta_step(route.file)
-        if self.revision == (step.to_revision if step is not None else route.revision):
-            return True
-        return step is None and route.kind is Kind.INDEX and FULL.fullmatch(route.file) is not None
+        return route.stream == self.stream and revision_of(route) in (self.revision, None)
 
     def excepts(self, client: str) -> bool:
-        """`client` is who counts as one: an IPv4 address or an IPv6 /64, with a port where many share it."""
-        network: Any = ip_network(client.partition(" ")[0])
-        subnets: Iterable[Any] = map(ip_network, self.except_subnets)
-        return any(network.version == one.version and network.subnet_of(one) for one in subnets)
+        return is_within(client, self.except_subnets)
 
     def problem(self, route: Route) -> Problem:
         """The 403 for a client that may not have it."""
         since = datetime.fromtimestamp(self.at, UTC)
         who, why = self.by or "an operator", self.reason or "no reason was given"
         detail = f"Revision {self.revision} was put on hold by {who}, {since:%Y-%m-%d %H:%M} UTC: {why}."
-        if route.revision != self.revision and delta_step(route.file) is None:
+        if revision_of(route) is None:
             detail += " Which revision this file is of can't be told from its name."
-        headers: tuple[tuple[str, str], ...] = ()
-        if self.newest:
-            detail += f" The newest revision here that is not on hold is {self.newest}."
-            if route.kind is Kind.FULL:
-                folder, _, file = route.upstream_path.rpartition("/")
-                path = f"{folder.rpartition('/')[0]}/{self.newest}/{file}"
-                headers = (("Link", f'<{path}>; rel="alternate"'),)  # RFC 8288
         stated = {"stream": self.stream, "revision": self.revision, "held_by": who, "reason": self.reason}
-        stated |= {"held_at": since.isoformat(timespec="seconds"), "newest": self.newest}
-        return Problem("on-hold", detail, headers=headers, extensions={**stated})
+        stated |= {"held_at": since.isoformat(timespec="seconds")}
+        return kept_back("on-hold", detail, route, self.newest, stated)
 
 
 @cache
@@ -146,11 +191,10 @@ class RevisionHolds:
         """The hold that names a body, whoever asks."""
         return next((hold for hold in self._of_stream.get(route.stream, ()) if hold.names(route)), None)
 
-    def refuse(self, route: Route, client: str) -> None:
-        """Problem for a client that may not have it."""
-        for hold in self._of_stream.get(route.stream, ()):
-            if hold.names(route) and not hold.excepts(client):
-                raise hold.problem(route)
+    def refusal(self, route: Route, client: str) -> Problem | None:
+        """For a client that may not have it."""
+        holds = (hold for hold in self._of_stream.get(route.stream, ()) if hold.names(route))
+        return next((hold.problem(route) for hold in holds if not hold.excepts(client)), None)
 
 
 def read_holds(run: Path) -> list[RevisionHold]:

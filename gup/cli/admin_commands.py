@@ -102,6 +102,8 @@ def status_lines(status: Row) -> Iterator[str]:
     )
     for row in status["holds"]:
         yield printable(f"ON HOLD: {hold_line(row)}")
+    for row in status["canary"]:
+        yield printable(f"NEW: {new_line(row)}")
     if not status["reload"]["successful"]:
         yield "the last reload FAILED: the old settings are in force; `gup config check` lists the mistakes"
     for alarm in status["alarms"]:
@@ -385,7 +387,7 @@ def hold(
 
 @with_connection_flags
 def release(stream: Stream, revision: Revision, *, where: Where, json_output: JsonFlag = False) -> None:
-    """Let clients have a revision that is on hold."""
+    """Let all clients have a revision that is on hold, or that is new and waits (rules.canary)."""
     query = urlencode({"stream": stream, "revision": revision})
     with asking(where) as admin:
         _show_holds(admin.ask("DELETE", f"holds?{query}"), "released", json_output=json_output)
@@ -393,15 +395,18 @@ def release(stream: Stream, revision: Revision, *, where: Where, json_output: Js
 
 @with_connection_flags
 def holds(*, where: Where, json_output: JsonFlag = False) -> None:
-    """List the revisions on hold: who ordered it, when and why."""
+    """List the revisions on hold: who ordered it, when and why; and new ones that only some clients get."""
     with asking(where) as admin:
         answer = admin.ask("GET", "holds")
     if json_output:
         print_json(answer)
-    elif answer["holds"]:
+        return
+    if answer["holds"]:
         show_table(_HOLDS, answer["holds"])
     else:
         typer.echo("nothing is on hold", err=True)
+    for row in answer["canary"]:
+        typer.echo(printable(f"new: {new_line(row)}"))
 
 
 _HOLDS: Columns = {
@@ -429,6 +434,8 @@ def _show_holds(answer: Row, what: str, *, json_output: bool) -> None:
     late = without(answer)
     for row in answer["holds"]:
         typer.echo(printable(f"{what}: {hold_line(row)}{late}"))
+    for row in answer["canary"]:
+        typer.echo(printable(f"open to all: {row['product']} {row['revision']}{late}"))
 
 
 def hold_line(row: Row) -> str:
@@ -438,6 +445,12 @@ def hold_line(row: Row) -> str:
     who = f", by {row['held_by']}" if row["held_by"] else ""
     why = row["reason"] or "no reason given"
     return f"{row['product']} {row['revision']}{besides}, since {since}{who}: {why}"
+
+
+def new_line(row: Row) -> str:
+    """`Virus Definitions 260801002, first to 10.1.2.0/24, to all from 2026-08-01 14:05`"""
+    opens = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["opens_at"]))
+    return f"{row['product']} {row['revision']}, first to {', '.join(row['first'])}, to all from {opens}"
 
 
 def without(answer: Row) -> str:

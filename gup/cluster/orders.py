@@ -35,7 +35,7 @@ def _text_of_number(given: object) -> object:
     return given
 
 
-Action = Literal["purge", "pin", "unpin", "hold", "release", "prefetch"]
+Action = Literal["purge", "pin", "unpin", "hold", "release", "prefetch", "new"]
 Subject = tuple[str, ...]
 Writer = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\s=+]+$")]
 KnownText = Annotated[
@@ -53,7 +53,8 @@ _STAMP_CHARACTERS, _MOST_SPAN_CHARACTERS = 24, 40
 @dataclass(frozen=True, slots=True)
 class Order:
     """`at` is in Unix seconds. `what` is what gup.cache.purges selects; a pin has a `key`, a hold what
-    gup.cache.revision_holds has, a prefetch what is `wanted`: rows of `key` and `path`.
+    gup.cache.revision_holds has, a prefetch what is `wanted`: rows of `key` and `path`. A new
+    revision of a stream is told with the time `since` which it is known.
     """
 
     node: Writer

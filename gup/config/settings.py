@@ -151,6 +151,13 @@ Positive = Annotated[Integer, Field(ge=1, le=2**31)]
 Weight = Annotated[Integer, Field(ge=1, le=1000)]
 Address = Annotated[str, AfterValidator(_address)]
 Networks = Annotated[list[Annotated[str, AfterValidator(_network)]], BeforeValidator(_split)]
+Subnets = Annotated[
+    Networks,
+    _good(
+        lambda networks: all(ipaddress.ip_network(one).prefixlen <= 64 for one in networks if ":" in one),
+        "IPv6 networks must be a /64 or larger: its clients count as one",
+    ),
+]
 Minute = Annotated[str, _printable(_MINUTE, 'must be a time from "00:00" to "24:00", such as "07:30"')]
 # A NUL would raise ValueError in every call that names the file.
 Absolute = Annotated[
@@ -424,6 +431,14 @@ class Catalog(Section):
     )
 
 
+class Canary(Section):
+    """Clients that get each new revision first; all others get it after the wait."""
+
+    subnets: Subnets = row([], "Subnets whose clients go first, IPv6 of /64 or larger; empty: nobody does.")
+    wait: Timeout = row(4 * 3600.0, "Time from when this site first has a revision until all get it.")
+    types: Words = row([], 'Types that wait, of those in catalog.types and "other"; empty is all content.')
+
+
 class Rules(Section):
     """Delivery rules for client patches."""
 
@@ -455,6 +470,7 @@ class Rules(Section):
     releases: dict[str, str] = row(
         {}, 'More releases, each with its first build, such as "14.3 RU3" = "14.3.5413.3000".'
     )
+    canary: Canary = Field(default_factory=Canary)
 
 
 class Log(Section):

@@ -284,6 +284,7 @@ def _mistakes(settings: config.Settings, types: StreamTypes, releases: Releases)
         rows.append((f"upstream#{number}.language", {upstream.language} - {ANY}, parse_language, or_any))
     rows += [
         ("rules.content_types", own.content_types, types.names.__contains__, names),
+        ("rules.canary.types", own.canary.types, types.names.__contains__, names),
         ("rules.supported_languages", own.supported_languages, parse_language, language),
         ("rules.version_sources", own.version_sources, parse_source, source),
         ("rules.language_sources", own.language_sources, parse_source, source),

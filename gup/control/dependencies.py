@@ -85,6 +85,8 @@ class ControlDependencies:
     started_at: float
     installed_at: float
     fetch_ahead: Callable[[Route, Variant], Awaitable[bool]]
+    head: Callable[[Route, Variant], Awaitable[object]]
+    """Asks upstream for a head; Problem when it can't be had."""
     drop_memory: Callable[[ContentKey], int]
     places: Callable[[str], Sequence[tuple[Variant, Variant]]]
     """Choices.variants: pairs of the variant to ask and the one to store under."""
@@ -101,7 +103,7 @@ class ControlDependencies:
     unlisted: Callable[[str], None]
     """Called with a moniker that a client asked for and no catalogue lists."""
     raise_policy_epoch: Callable[[], None] = lambda: None
-    """Called when run/holds has changed."""
+    """Called when run/holds or run/revisions has changed."""
 
     @property
     def book(self) -> OrderBook | None:

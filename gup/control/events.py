@@ -229,6 +229,14 @@ class Unlisted(_Event):
     moniker: Annotated[Name, AfterValidator(_normal)]
 
 
+class NewRevision(_Event):
+    """A client requested a file of a revision that is newer than all known ones: see gup.cache.canary."""
+
+    type: Literal["new"] = "new"
+    key: Key
+    path: Path
+
+
 class Ordered(_Event):
     """A member says that it knows orders which this node does not."""
 
@@ -247,6 +255,7 @@ Event = (
     | Rejected
     | UpstreamTrouble
     | Unlisted
+    | NewRevision
     | Ordered
 )
 _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="type")])

@@ -4,7 +4,9 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
+from gup.cache.canary import NewRevision, ordered
 from gup.cache.purges import FILE as PURGES_FILE
 from gup.cache.purges import Purge, Selection, keep_purges, read_purges
 from gup.cache.revision_holds import RevisionHold, read_holds
@@ -16,6 +18,7 @@ from gup.jsonmodel import InvalidError
 
 _log = logging.getLogger("gup.control.order_book")
 _MAX_BYTES = 64 << 20
+_Read = TypeVar("_Read")
 
 
 class OrderBook:
@@ -30,8 +33,8 @@ class OrderBook:
         """Noted, and not carried out yet."""
         self.tell: Callable[[], Awaitable[tuple[str, ...]]] | None = None
         """Tells the other members, and returns the names of those that did not confirm it."""
-        self.keep_holds: Callable[[list[RevisionHold]], Awaitable[None]] | None = None
-        """Keeps the holds that stand, and tells the workers; OSError."""
+        self.keep_holds: Callable[[list[RevisionHold], list[NewRevision]], Awaitable[None]] | None = None
+        """Keeps the holds that stand and the new revisions, and tells the workers; OSError."""
         self.log = OrderLog(node, _read(run / FILE))
 
     @property
@@ -120,17 +123,18 @@ class OrderBook:
 
         await to_its_end(write)
         if self.keep_holds is not None:
-            await self.keep_holds(_readable(self.log.holds()))
+            new = (order for order in orders if order.action == "new")
+            await self.keep_holds(_readable(RevisionHold.of, self.log.holds()), _readable(ordered, new))
         self._share()  # last: it tells the members that all is known here
 
 
-def _readable(orders: Iterable[Order]) -> list[RevisionHold]:
-    found = list[RevisionHold]()
+def _readable(read: Callable[[Order], _Read], orders: Iterable[Order]) -> list[_Read]:
+    found = list[_Read]()
     for order in orders:
         try:
-            found.append(RevisionHold.of(order))
+            found.append(read(order))
         except (InvalidError, TypeError) as error:  # of a later version
-            _log.warning("%s ordered a hold that can't be read: %s", order.node, error)
+            _log.warning("%s ordered a %s that can't be read: %s", order.node, order.action, error)
     return found
 
 

@@ -334,7 +334,7 @@ class Control:
         for receiver in RECEIVERS:
             jobs.every(0.5, f"alarms to {receiver}", partial(state.notifications.send, receiver))
         jobs.every(5.0, "prefetch", state.prefetcher.look_over)
-        jobs.every(5.0, "holds", state.holds.look)
+        jobs.every(1.0, "holds", state.holds.look)
 
     def _receive_handed(self) -> None:
         """Go on with an idle connection of the controller that leaves."""

@@ -24,6 +24,7 @@ from gup.control.events import (
     Event,
     Failed,
     Need,
+    NewRevision,
     Ordered,
     Rejected,
     Taken,
@@ -179,7 +180,7 @@ class ControlState:
         self.scrubber = Scrubber(dependencies, self.index, clock)
         self.clients = ClientWindows()
         self.prefetcher = Prefetcher(dependencies, self.index, clock)
-        self.holds = HoldKeeper(dependencies, self.index.rows, self.prefetcher.route)
+        self.holds = HoldKeeper(dependencies, self.index.rows, self.prefetcher.route, clock)
         self.traffic = Traffic(self.index.rows, clock)
         self.alarms: list[Alarm] = []
         """As last found by the alarm collector."""
@@ -265,6 +266,8 @@ class ControlState:
                     self.dependencies.cluster.hear_of_orders(event.member)
             case Unlisted():
                 self.dependencies.unlisted(event.moniker)
+            case NewRevision():
+                self.holds.asked_for_new(event.key, event.path)
             case UpstreamTrouble():
                 if any(upstream.name == event.name for upstream in self.settings.upstream):
                     self.upstream_errors[event.name] = now, event.detail
@@ -291,6 +294,7 @@ class ControlState:
         times = {"stored_at": now, "used_at": self._age_clock()}
         self.index.put(make_row(event.key, event.kind, event.length, **times, **more))
         self._has_grown = True
+        self.holds.saw(event.key)
         self.evictor.note_committed(event.key)
         book = self.dependencies.book
         if book is not None and book.log.is_pinned(event.key.text):

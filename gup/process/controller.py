@@ -128,6 +128,7 @@ class Controller(ChildProcess):
                 started_at=shared.started_at,
                 installed_at=shared.installed_at,
                 fetch_ahead=self.cache.prefetch,
+                head=self.cache.head,
                 drop_memory=dependencies.memory.drop,
                 places=self._places,
                 link_idle=dependencies.queue.idle,

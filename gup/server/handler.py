@@ -203,7 +203,7 @@ class Handler:
             entry is None
             or response.body is not entry
             or not choice.decision.allowed  # each refusal is counted
-            or self._policy.holds.on(route) is not None  # it depends on the client's address
+            or self._policy.is_kept_back(route, choice)
             or request.minor_version != 1
             or not request.target.startswith(b"/")
             or request.header("via") is not None

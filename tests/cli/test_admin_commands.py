@@ -53,6 +53,7 @@ STATUS = {
     ],
     "cluster": None,
     "holds": [],
+    "canary": [],
     "reload": {"successful": False},
     "alarms": [
         {"name": "no-upstream", "severity": "critical", "text": "no upstream answers \x1b[2J"}

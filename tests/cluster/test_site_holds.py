@@ -101,3 +101,31 @@ def test_a_hold_from_before_there_was_a_cluster_is_told_to_all(site):
     until(lambda: site.nodes["a"].get(FILE).status == 403, "it is told to the others", 30)
     release(site.nodes["a"])
     until(lambda: two.get(FILE).status == 200, "released", 30)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("with_engine", [True, False], ids=["engine", "no engine"])
+def test_a_new_revision_waits_on_all_nodes_for_the_same_time_and_is_opened_on_all(site, with_engine):
+    """It is known everywhere since when it was first fetched anywhere."""
+    canary = {"rules": {"canary": {"subnets": [f"{PILOT}/32"], "wait": "1h"}}}
+    for name in ("a", "b", "c"):
+        site.start(name, settings=canary)
+    until(site.all_ask_all, "all ask all", 30)
+    nodes = site.nodes
+    if not with_engine:
+        site.valkey.kill()
+        until(lambda: site.seen_by("a")["engine_error"], "the engine is away", 30)
+    assert fetch(nodes["a"].data, FILE, source=PILOT).body == BODY
+
+    def waiting():
+        return [gup.status()["canary"] for gup in nodes.values()]
+
+    until(lambda: all(waiting()), "all know it", 5)
+    assert len({row["opens_at"] for (row,) in waiting()}) == 1
+    for gup in nodes.values():
+        assert {gup.connect_to(pid).get(FILE).status for pid in gup.workers()} == {403}
+        assert fetch(gup.data, FILE, source=PILOT).body == BODY
+    assert release(nodes["c"]) == []
+    for gup in nodes.values():
+        assert {gup.connect_to(pid).get(FILE).status for pid in gup.workers()} == {200}
+    assert len(site.upstream.requests(FILE)) == 1

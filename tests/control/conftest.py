@@ -203,6 +203,7 @@ class World:
             label_of=lambda _stream, _file: None,
             upstream_states=lambda: {"manager": ("unknown", None)},
             fetch_ahead=self.fetch_ahead,
+            head=self.fetch_ahead,
             drop_memory=lambda _key: 0,
             places=lambda _stream: (),
             link_idle=lambda: True,

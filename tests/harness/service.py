@@ -64,12 +64,20 @@ def parse_metrics(text: str) -> Metrics:
 
 
 def toml(settings: Mapping[str, Any]) -> str:
-    """The settings as a TOML file: sections of plain values; a list of sections is an array of tables."""
+    """The settings as a TOML file: sections of plain values and of tables; a list of sections is an array of
+    tables.
+    """
     lines = []
     for section, content in settings.items():
         for table in content if isinstance(content, list) else [content]:
             lines.append(f"[[{section}]]" if isinstance(content, list) else f"[{section}]")
-            lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+            below = {f"{section}.{key}": value for key, value in table.items() if isinstance(value, dict)}
+            lines += [
+                f"{key} = {json.dumps(value)}"
+                for key, value in table.items()
+                if f"{section}.{key}" not in below
+            ]
+            lines += [toml(below)] if below else []
     return "\n".join(lines) + "\n"
 
 

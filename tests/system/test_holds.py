@@ -2,6 +2,7 @@
 
 import json
 import threading
+from urllib.parse import quote
 
 import pytest
 from harness.clients import fetch
@@ -29,8 +30,8 @@ def hold(gup, *flags):
     return done.stdout
 
 
-def refused(answer):
-    assert answer.status == 403, answer
+def refused(answer, *statuses):
+    assert answer.status in (statuses or (403,)), answer
     assert answer.header("content-type") == "application/problem+json"
     return json.loads(answer.body)
 
@@ -51,10 +52,11 @@ def test_a_revision_on_hold_is_given_to_no_new_request(serve):
     assert "crashes clients" in hold(gup)
     for path in (FULL, DELTA, LATEST):
         for answer in asked_of_each_worker(gup, path):
-            problem = refused(answer)
+            problem = refused(answer, 403, 307)
+            assert (answer.status == 307) == (path != DELTA)
             assert (problem["held_by"], problem["reason"]) == ("ann", "crashes clients")
             assert (problem["revision"], problem["stream"]) == (BAD, MONIKER)
-        assert gup.get(path, method="HEAD").status == 403
+        assert gup.get(path, method="HEAD").status == (403 if path == DELTA else 307)
     for path in (AWAY, OLDER, INDEX):
         for answer in asked_of_each_worker(gup, path):
             assert answer.body == FILES[path]
@@ -122,11 +124,11 @@ def test_no_answer_of_the_revision_begins_after_the_command_has_ended(serve):
 
     def ask(pid):
         connection = gup.connect_to(pid)
-        assert connection.get(FULL).status == 200
+        assert connection.get(DELTA).status == 200
         began.wait()
         while True:
             was_done = done.is_set()
-            answer = connection.get(FULL)
+            answer = connection.get(DELTA)
             if was_done:
                 late.append(answer.status)
                 return
@@ -148,11 +150,25 @@ def test_a_product_may_be_named_and_what_may_be_had_instead_is_told(serve):
     until(lambda: gup.api(f"/api/v1/content?revision={GOOD}")[1]["matching"], "it is in the index")
     done = on(gup, "hold", "SEPC Virus Definitions Win32 14.3 RU2", BAD, "--json")
     assert [one["stream"] for one in json.loads(done.stdout)["holds"]] == [MONIKER]
-    answer = gup.get(FULL)
-    problem = refused(answer)
-    assert problem["newest"] == GOOD
-    path = answer.header("link").split(">")[0].removeprefix("<")
-    gup.serves(path, FILES[OLDER])
+    client = gup.connect_to(gup.workers()[0])
+    for _ in range(3):
+        answer = client.get(FULL)
+        problem = refused(answer, 307)
+        assert (problem["newest"], problem["type"]) == (GOOD, "urn:gup:problem:newest-in-place")
+        assert client.get(answer.header("location")).body == FILES[OLDER]
+    for answer in (client.get(FULL), client.get(FULL, {"Range": "bytes=5-"}), client.get(DELTA)):
+        assert refused(answer)["newest"] == GOOD
+    answer = client.get(FULL)
+    assert answer.header("link").startswith(f"<{quote(OLDER)}>;")
+
+
+def test_another_gup_is_not_redirected_and_stores_nothing_under_the_wrong_name(serve):
+    gup, _ = serve(FILES, **TWO)
+    gup.serves(OLDER, FILES[OLDER])
+    until(lambda: gup.api(f"/api/v1/content?revision={GOOD}")[1]["matching"], "it is in the index")
+    hold(gup)
+    answer = gup.get(FULL, {"Via": "1.1 branch (gup)"})
+    assert refused(answer)["newest"] == GOOD
 
 
 @pytest.mark.parametrize(
@@ -168,4 +184,4 @@ def test_a_product_may_be_named_and_what_may_be_had_instead_is_told(serve):
 def test_what_is_wrong_is_said(shared, given, status):
     gup, _ = shared
     assert gup.api("/api/v1/holds", "POST", given=given)[0] == status
-    assert gup.api("/api/v1/holds")[1] == {"holds": []}
+    assert gup.api("/api/v1/holds")[1] == {"holds": [], "canary": []}

@@ -10,7 +10,7 @@ from gup.content.catalog import normal_moniker
 from gup.control.api import schemas
 from gup.control.api.endpoint import JSON, Endpoint, Request, Text
 from gup.control.api.entries import labels_of, same
-from gup.control.api.status import on_hold
+from gup.control.api.status import new_revisions, on_hold
 from gup.control.state import ControlState
 
 _Stream = Annotated[Text, Field(max_length=200)]
@@ -36,8 +36,9 @@ class Which(Request):
 
 
 async def listing(state: ControlState) -> schemas.RevisionsOnHold:
-    """What is on hold."""
-    return schemas.RevisionsOnHold(holds=on_hold(state, state.holds.holds))
+    """What is on hold, and what is new and waits."""
+    new = new_revisions(state, state.holds.waiting())
+    return schemas.RevisionsOnHold(holds=on_hold(state, state.holds.holds), canary=new)
 
 
 async def hold(state: ControlState, query: Order) -> schemas.HoldsChanged:
@@ -45,17 +46,21 @@ async def hold(state: ControlState, query: Order) -> schemas.HoldsChanged:
     given = query.model_dump(exclude={"stream"}) | {"except_subnets": tuple(query.except_subnets)}
     holds = [RevisionHold(moniker, at=state.clock(), **given) for moniker in _monikers(state, query.stream)]
     missing = await state.holds.hold(holds)
-    return schemas.HoldsChanged(holds=on_hold(state, holds), unconfirmed=list(missing))
+    return schemas.HoldsChanged(holds=on_hold(state, holds), canary=[], unconfirmed=list(missing))
 
 
 async def release(state: ControlState, query: Which) -> schemas.HoldsChanged:
-    """Release what is on hold: clients get it again."""
-    monikers = _monikers(state, query.stream)
-    found = [one for one in state.holds.holds if one.stream in monikers and one.revision == query.revision]
-    if not found:
-        raise web.HTTPNotFound(text=f"stream, revision: {query.revision} of {query.stream} is not on hold")
-    missing = await state.holds.release(found)
-    return schemas.HoldsChanged(holds=on_hold(state, found), unconfirmed=list(missing))
+    """Release what is on hold, or is new and waits: all clients get it."""
+    monikers, revision = _monikers(state, query.stream), query.revision
+    found = [one for one in state.holds.holds if one.stream in monikers and one.revision == revision]
+    new = [one for one in state.holds.waiting() if one[0] in monikers and one[1].revision == revision]
+    if not found and not new:
+        raise web.HTTPNotFound(text=f"stream, revision: {revision} of {query.stream} is not on hold")
+    missing = {*(await state.holds.release(found))}
+    for stream, _ in new:
+        missing |= {*(await state.holds.open(stream, revision))}
+    opened = new_revisions(state, new)
+    return schemas.HoldsChanged(holds=on_hold(state, found), canary=opened, unconfirmed=sorted(missing))
 
 
 def _monikers(state: ControlState, stream: str) -> list[str]:

@@ -285,11 +285,20 @@ class RevisionOnHold(Response):
     held_at: float
     reason: str
     except_subnets: list[str] = Field(description="Clients in these may have it.")
-    newest: str | None = Field(description="The newest revision stored here that is not on hold.")
+    newest: str | None = Field(description="The newest revision stored here that all clients may have.")
+
+
+class NewRevision(Response):
+    stream: str = Field(description="The moniker.")
+    product: str
+    revision: str
+    opens_at: float = Field(description="When all clients get it.")
+    first: list[str] = Field(description="Clients in these get it already.")
 
 
 class RevisionsOnHold(Response):
     holds: list[RevisionOnHold]
+    canary: list[NewRevision] = Field(description="New revisions, which only some clients get.")
 
 
 class HoldsChanged(RevisionsOnHold):
@@ -318,6 +327,7 @@ class Status(Response):
     reload: Reload
     alarms: list[Alarm]
     holds: list[RevisionOnHold] = Field(description="Revisions that clients do not get.")
+    canary: list[NewRevision] = Field(description="New revisions, which only some clients get.")
     cluster: Cluster | None = Field(description="None: this gup is alone.")
     failures: list[FailedFill]
     malformed_events: int

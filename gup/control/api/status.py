@@ -9,6 +9,7 @@ from aiohttp import web
 from pydantic import BaseModel, Field
 
 import gup
+from gup.cache.canary import Waiting
 from gup.cache.revision_holds import RevisionHold
 from gup.cache.store import Part
 from gup.cluster.membership import Row
@@ -90,6 +91,7 @@ async def status(state: ControlState) -> schemas.Status:
         reload=schemas.Reload(successful=process.config_ok()),
         alarms=state.alarms,
         holds=on_hold(state, state.holds.holds),
+        canary=new_revisions(state, state.holds.waiting()),
         cluster=await cluster(state) if process.cluster is not None else None,
         failures=list(state.failures),
         malformed_events=state.malformed_events,
@@ -109,6 +111,21 @@ def on_hold(state: ControlState, holds: Iterable[RevisionHold]) -> list[schemas.
             newest=hold.newest or None,
         )
         for hold in holds
+    ]
+
+
+def new_revisions(state: ControlState, waiting: Iterable[tuple[str, Waiting]]) -> list[schemas.NewRevision]:
+    """Those that only some clients get."""
+    return [
+        schemas.NewRevision(
+            stream=stream,
+            product=state.label((ANY, ANY, stream))[0],
+            revision=new.revision,
+            opens_at=new.opens_at,
+            first=state.settings.rules.canary.subnets,
+        )
+        for stream, new in waiting
+        if new.opens_at is not None
     ]
 
 

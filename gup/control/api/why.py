@@ -179,6 +179,10 @@ def _said_of_clients(state: ControlState, known: schemas.KnownFile) -> Iterator[
         besides = f" but those in {', '.join(hold.except_subnets)}" if hold.except_subnets else ""
         who, why = hold.by or "an operator", hold.reason or "no reason was given"
         yield f"On hold for all clients{besides}, {_ago(state, hold.at)}, by {who}: {why}."
+    if (new := state.holds.waits(ContentKey.parse(known.key))) is not None:
+        first = ", ".join(state.settings.rules.canary.subnets)
+        left = "" if new.opens_at is None else f" for {time_in_words(new.opens_at - state.clock())} more"
+        yield f"Revision {new.revision} is new: clients in {first} get it first{left} (rules.canary)."
     for refused in known.refusals:
         states = " and ".join(filter(None, (refused.version, refused.language))) or "nothing"
         verb = "may not have it" if refused.enforced else 'would be refused if rules.mode were "enforce"'
