@@ -277,7 +277,7 @@ def test_only_client_patches_of_known_managers_depend_on_the_client(manager, lan
 
 def test_rules_are_those_that_are_counted():
     labels = dict(BY_NAME["gup_rule_refusals_total"].labels)
-    assert set(labels["rule"]) == {str(rule) for rule in Rule} | {"hold", "canary"}  # an operator's, not a setting's
+    assert set(labels["rule"]) == {str(rule) for rule in Rule} | {"hold", "canary"}  # those two are no Rule
 
 
 # --- how it is told
