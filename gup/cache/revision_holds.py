@@ -30,6 +30,7 @@ log = logging.getLogger("gup.holds")
 FILE = "holds"
 _MAX_LINE_BYTES = 256 << 10
 _MAX_BYTES = 64 << 20
+REVISION = "^[0-9]{1,20}$"
 _OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _HEX = "[0-9A-Fa-f]{1,4}"
 SUBNET = (
@@ -50,8 +51,14 @@ def _subnet(text: str) -> str:
     return str(ip_network(text, strict=False))
 
 
+def _revision(text: str) -> str:
+    if not re.fullmatch(REVISION, text):
+        raise ValueError("must be a revision: 1 to 20 digits, such as 260801002")
+    return text
+
+
 Moniker = Annotated[str, AfterValidator(_moniker)]
-Revision = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,20}$")]
+Revision = Annotated[str, AfterValidator(_revision)]
 Words = Annotated[str, StringConstraints(max_length=500)]
 Subnet = Annotated[str, AfterValidator(_subnet)]
 

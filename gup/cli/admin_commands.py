@@ -4,6 +4,7 @@ import getpass
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from ipaddress import ip_interface
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlencode
 
@@ -379,6 +380,12 @@ def hold(
 
     Responses under way are sent to their end. Clients may go round this service if their policy lets them.
     """
+    for subnet in except_ or []:  # the service would take it for the whole network
+        with suppress(ValueError):
+            given_as = ip_interface(subnet)
+            if given_as.ip != given_as.network.network_address:
+                right = f"{given_as.network}, or {given_as.ip} for that client alone"
+                raise typer.BadParameter(f"{subnet} is no network: give {right}", param_hint="--except")
     given: dict[str, object] = {"stream": stream, "revision": revision, "reason": reason}
     given |= {"by": _user() if by is None else by, "except_subnets": except_ or []}
     with asking(where) as admin:

@@ -51,14 +51,17 @@ class OrderBook:
         return self.log.unknown_to(known, self._now())
 
     async def open(self) -> None:
-        """Take over what was purged and put on hold while this gup had no cluster. Call it once."""
+        """Take over what was purged and put on hold while this gup had no cluster, and what else the workers
+        know, should run/orders have been lost. Call it once.
+        """
+        log, ids = self.log, {(order.node, order.number) for order in self.log.orders}
         purges, _ = await asyncio.to_thread(read_purges, self._run / PURGES_FILE)
         for purge in purges:
-            if purge.node == LONE:
-                self.log.write(max(purge.at, 0.0), "purge", purge.selection.given())
+            if (purge.node, purge.number) not in ids:
+                log.write(max(purge.at, 0.0), "purge", purge.selection.given())
         for hold in await asyncio.to_thread(read_holds, self._run):
-            if hold.node == LONE:
-                self.log.write(max(hold.at, 0.0), "hold", hold.given())
+            if hold.node == LONE or log.standing(("hold", hold.stream, hold.revision)) is None:
+                log.write(max(hold.at, 0.0), "hold", hold.given())
         async with self._changing:
             await self._save()
 
@@ -139,8 +142,11 @@ def _readable(read: Callable[[Order], _Read], orders: Iterable[Order]) -> list[_
 
 
 def _read(path: Path) -> list[Order]:
+    """Without lines that are no orders."""
     try:
         lines = read_file(path, _MAX_BYTES).decode(errors="replace").splitlines()
-    except FileError:
+    except FileError as error:
+        if path.exists():
+            _log.warning("the orders of the cluster are taken from run/purges and run/holds: %s", error)
         return []
     return [order for line in lines if (order := read_order(line)) is not None]

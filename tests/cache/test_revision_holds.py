@@ -91,5 +91,7 @@ def test_an_order_says_the_same():
     for wrong in ({"stream": "x"}, {"revision": "latest"}, {"except_subnets": ["10.0.0/8"]}):
         with pytest.raises(InvalidError):
             RevisionHold.of(Order("a", 7, 0, HOLD.at, "hold", HOLD.given() | wrong))
+    with pytest.raises(InvalidError, match="must be a revision: 1 to 20 digits, such as 260801002"):
+        RevisionHold.of(Order("a", 7, 0, 1.0, "hold", HOLD.given() | {"revision": "latest"}))
     with pytest.raises(InvalidError, match="/64"):
         RevisionHold.of(Order("a", 7, 0, 1.0, "hold", HOLD.given() | {"except_subnets": ["2001:db8::1/128"]}))

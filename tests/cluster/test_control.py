@@ -1,15 +1,19 @@
 """The controller's part in a cluster, with a real engine and real probes: who is listed, who is asked."""
 
 import asyncio
+import contextlib
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pytest
 from cluster.nodes import RATE, SECRET, UPSTREAM, Node, Valkey, until
+from harness.content import MONIKER
 
+from gup.cache.revision_holds import keep_holds
 from gup.cluster.beat import EngineError
 from gup.cluster.member_list import Member, Members
+from gup.cluster.orders import Order
 from gup.control.order_book import OrderBook
 
 
@@ -228,6 +232,31 @@ async def test_another_secret_comes_in_without_a_pause(cluster):
             await asyncio.sleep(0)
     assert [node.epoch for node in nodes] == epochs
     assert one.control.forged == two.control.forged == 0
+
+
+@pytest.mark.parametrize("orders", [None, b"", b"\xff no orders\n", "folder"])
+async def test_what_is_purged_and_on_hold_stays_so_when_the_orders_are_lost(tmp_path, orders):
+    before = OrderBook(tmp_path, "a", time.time, lambda: None)
+    kept = []
+    before.keep_holds = lambda holds, _: asyncio.to_thread(kept.append, keep_holds(tmp_path, holds))
+    await before.issue("purge", {"pattern": "*"})
+    stream = {"stream": MONIKER, "except_subnets": []}
+    for action, revision in (("hold", "1"), ("hold", "2"), ("release", "2")):
+        await before.issue(action, stream | {"revision": revision, "by": "ann", "reason": ""})
+    other = Order("b", 17, 0, time.time(), "purge", {"pattern": "b*"})
+    assert await before.take([other])
+    (tmp_path / "orders").unlink()
+    if orders == "folder":
+        (tmp_path / "orders").mkdir()
+    elif orders is not None:
+        (tmp_path / "orders").write_bytes(orders)
+    after = OrderBook(tmp_path, "a", time.time, lambda: None)
+    with contextlib.suppress(OSError):  # then it can't be noted, and holds in this run
+        await after.open()
+    found = {
+        (order.action, order.what.get("pattern", order.what.get("revision"))) for order in after.log.orders
+    }
+    assert found == {("purge", "*"), ("purge", "b*"), ("hold", "1")}
 
 
 async def test_orders_that_the_secret_of_before_has_signed_are_signed_anew(cluster, valkey, tmp_path):

@@ -171,6 +171,16 @@ def test_another_gup_is_not_redirected_and_stores_nothing_under_the_wrong_name(s
     assert refused(answer)["newest"] == GOOD
 
 
+def test_a_client_with_a_networks_length_is_not_taken_for_the_network(shared):
+    gup, _ = shared
+    done = on(gup, "hold", MONIKER, BAD, "--except", "10.0.0.1/8")
+    assert done.returncode == 2
+    assert "10.0.0.1/8 is no network: give 10.0.0.0/8, or 10.0.0.1" in " ".join(
+        done.stderr.replace("│", " ").split()
+    )
+    assert gup.api("/api/v1/holds")[1] == {"holds": [], "canary": []}
+
+
 @pytest.mark.parametrize(
     ("given", "status"),
     [

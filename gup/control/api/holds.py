@@ -5,7 +5,7 @@ from typing import Annotated
 from aiohttp import web
 from pydantic import Field
 
-from gup.cache.revision_holds import SUBNET, Revision, RevisionHold, Subnet, Words
+from gup.cache.revision_holds import REVISION, SUBNET, Revision, RevisionHold, Subnet, Words
 from gup.content.catalog import normal_moniker
 from gup.control.api import schemas
 from gup.control.api.endpoint import JSON, Endpoint, Request, Text
@@ -15,6 +15,7 @@ from gup.control.state import ControlState
 
 _Stream = Annotated[Text, Field(max_length=200)]
 _Subnet = Annotated[Subnet, Field(json_schema_extra={"pattern": SUBNET})]
+_Revision = Annotated[Revision, Field(json_schema_extra={"pattern": REVISION})]
 _OF_STREAM = "The moniker, or a product as lists show it: all its streams then."
 
 
@@ -22,7 +23,7 @@ class Order(Request):
     """What to put on hold, who does it and why, and which clients may have it all the same."""
 
     stream: _Stream = Field(description=_OF_STREAM)
-    revision: Revision = Field(description="The revision that clients do not get.")
+    revision: _Revision = Field(description="The revision that clients do not get.")
     except_subnets: list[_Subnet] = Field([], max_length=1000, description="Clients in these may have it.")
     reason: Words = Field("", description="Told to the clients.")
     by: Words = Field("", description="Who orders it; told to the clients.")
@@ -32,7 +33,7 @@ class Which(Request):
     """What to release."""
 
     stream: _Stream = Field(description=_OF_STREAM)
-    revision: Revision = Field(description="The revision that clients get again.")
+    revision: _Revision = Field(description="The revision that clients get again.")
 
 
 async def listing(state: ControlState) -> schemas.RevisionsOnHold:
