@@ -23,6 +23,7 @@ from gup.content.routes import Route
 from gup.errors import Problem
 from gup.files import FileError, read_file, replace_file
 from gup.jsonmodel import InvalidError, Time, parse, read
+from gup.units import time_in_words
 
 log = logging.getLogger("gup.rules")
 
@@ -143,7 +144,8 @@ class Canary:
         newest = known.newest if (known := self._known.get(route.stream)) is not None else ""
         first = ", ".join(self._own.subnets)
         at = None if waiting.opens_at is None else datetime.fromtimestamp(waiting.opens_at, UTC)
-        until = "for some hours" if at is None else f"until {at:%Y-%m-%d %H:%M} UTC"
+        for_ = time_in_words(self._own.wait)
+        until = f"for {for_} once it is here" if at is None else f"until {at:%Y-%m-%d %H:%M} UTC"
         detail = f"Revision {waiting.revision} is new. Clients in {first} get it first, {until}."
         stated = {
             "stream": route.stream,
