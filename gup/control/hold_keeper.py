@@ -48,9 +48,11 @@ class HoldKeeper:
         rows: EntryTable,
         route: Callable[[str], Route],
         clock: Callable[[], float],
+        refused: Callable[[str | None], None],
     ) -> None:
-        """`clock` is in Unix seconds."""
+        """`clock` is in Unix seconds. `refused` gets why the disk did not take it, or None."""
         self._dependencies, self._rows, self._route, self._clock = dependencies, rows, route, clock
+        self._refused = refused
         self._changing = asyncio.Lock()
         self._newest_at = 0.0
         self._asked = OrderedDict[tuple[str, str], tuple[ContentKey, Route]]()
@@ -92,9 +94,14 @@ class HoldKeeper:
 
     async def look(self) -> None:
         """To be called about once a second: what is stored has changed, and what may be had instead."""
-        await self._note_new()
-        if (self.holds or self.canary) and time.monotonic() - self._newest_at >= _NEWEST_SECONDS:
-            await self._keep(lambda holds: holds)
+        try:
+            await self._note_new()
+            if (self.holds or self.canary) and time.monotonic() - self._newest_at >= _NEWEST_SECONDS:
+                await self._keep(lambda holds: holds)
+        except OSError as error:  # found again at the next look
+            self._refused(error.strerror or str(error))
+        else:
+            self._refused(None)
 
     async def _take_orders(self, holds: list[RevisionHold], news: list[NewRevision]) -> None:
         """All that the members of the cluster have ordered."""

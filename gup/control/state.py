@@ -180,7 +180,8 @@ class ControlState:
         self.scrubber = Scrubber(dependencies, self.index, clock)
         self.clients = ClientWindows()
         self.prefetcher = Prefetcher(dependencies, self.index, clock)
-        self.holds = HoldKeeper(dependencies, self.index.rows, self.prefetcher.route, clock)
+        refused = partial(self.refusals.note, "holds")
+        self.holds = HoldKeeper(dependencies, self.index.rows, self.prefetcher.route, clock, refused)
         self.traffic = Traffic(self.index.rows, clock)
         self.alarms: list[Alarm] = []
         """As last found by the alarm collector."""

@@ -49,7 +49,7 @@ _LOG = logging.getLogger(__name__)
 # clock and the table of memory files are written by whoever holds `locked`, CONFIG_* by the supervisor, a
 # word of a row by the process of its block, all else by the controller.
 
-PAGE_FORMAT = 4
+PAGE_FORMAT = 5
 """Of the page's layout and of what its words mean. Raise it with every change of these: `gup upgrade` refuses
 to replace a service whose page has another one."""
 POLICY_EPOCH = 1  # raised when settings or rules have changed
