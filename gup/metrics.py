@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, get_args
 
+from gup.phases import FILL_PHASES, REQUEST_PHASES
+
 _SERVED = ("200", "206", "304", "412", "416")
 CODES_OF_RESULT: Mapping[str, tuple[str, ...]] = {
     "hit": _SERVED,
@@ -36,11 +38,12 @@ MAX_SHOWN = 24
 """Products and languages with series of their own in an exposition; the rest are summed.
 
 Each takes up to nine series (full, delta and index both ways, newest held and requested, storm): with two
-upstreams this keeps a site below 500, whatever its clients ask for.
+upstreams this keeps a site below 650, whatever its clients ask for.
 """
 
 TTFB_BUCKETS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0)
 FILL_BUCKETS = (0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 7200.0, 14400.0)
+PHASE_BUCKETS = (0.1, 1.0, 10.0, 60.0)
 _NANOSECONDS = 1_000_000_000
 
 Direction = Literal["sent", "received", "wasted"]
@@ -95,6 +98,9 @@ _MEMBER: Label = ("member", ())
 _NEWEST = (_PRODUCT, _LANGUAGE, ("where", ("held", "requested")))
 _STREAM = (_PRODUCT, _LANGUAGE, ("kind", KINDS))
 _TTFB_HELP = "From a request's head to the first byte of content, hot hits left out."
+_OF_FILL, _OF_REQUEST = (("phase", FILL_PHASES),), (("phase", REQUEST_PHASES),)
+_FILL_PHASE_HELP = "Where the seconds of fills went; a phase that a fill did not have is not counted."
+_REQUEST_PHASE_HELP = "The same of requests that took longer than reports.slow."
 _DOWNLOADS_HELP = "Bodies over 256 KiB being sent, index files left out."
 _UP_HELP = "Whether content is requested from the upstream; 0 while it is down."
 _RULES_HELP = "Requests that a rule refused or would refuse."
@@ -115,6 +121,8 @@ METRICS: tuple[Metric, ...] = (
     _counter("gup_fill_resumes_total", "Fills resumed.", ("reason", RESUME_REASONS)),
     Metric("gup_fill_duration_seconds", "histogram", "From claim to commit.", buckets=FILL_BUCKETS),
     Metric("gup_time_to_first_byte_seconds", "histogram", _TTFB_HELP, (_SERVED_AS,), buckets=TTFB_BUCKETS),
+    Metric("gup_fill_phase_seconds", "histogram", _FILL_PHASE_HELP, _OF_FILL, buckets=PHASE_BUCKETS),
+    Metric("gup_request_phase_seconds", "histogram", _REQUEST_PHASE_HELP, _OF_REQUEST, buckets=PHASE_BUCKETS),
     _level("gup_fills_in_progress", "Fills under way."),
     _level("gup_fill_waiters", "Requests attached to fills under way."),
     _level("gup_client_connections", "Client connections open."),

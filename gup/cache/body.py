@@ -9,6 +9,7 @@ from typing import Protocol
 
 from gup.cache.records import Head
 from gup.cache.store import OpenFile
+from gup.phases import FillClock
 
 CUT = -1
 """Returned by `available` when the rest will never come: cut the connection."""
@@ -25,6 +26,10 @@ class Body(Protocol):
     @property
     def source(self) -> str:
         """Label `source` of gup_client_sent_bytes_total."""
+
+    @property
+    def times(self) -> FillClock | str:
+        """What a reader waits for that waits for more: a fill, or the name of a phase."""
 
     @property
     def fd(self) -> int:
@@ -128,6 +133,7 @@ class GrowingBody:
         self.readers = 0
         self.count_readers: Callable[[int], None] | None = None
         """Called with the change of the number of readers."""
+        self.times: FillClock | str = "receiving"
         self._length: int | None = None
         self._waiting: dict[Callback, int] = {}
         self._timer: asyncio.TimerHandle | None = None

@@ -22,6 +22,7 @@ from gup.cache.store import OpenFile
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem, exhausted, is_exhausted
+from gup.phases import ELSEWHERE, FillClock, RequestClock
 from gup.upstream.exchange import UpstreamFailure
 
 __all__ = ["Cache", "Opened", "Result"]
@@ -34,6 +35,7 @@ _CIRCLE_SECONDS = 0.5
 """A waiting gup is checked this often for being the upstream of the fill it waits for."""
 _FIRST_LOOK_SECONDS = 0.5
 """What another process has of a body is seen within this time, also on a busy machine."""
+_SLOW_SECONDS, _MOST_TOLD = 1.0, 200
 _MOST_FILLS = 3
 """Fills per request, when the entry is removed as soon as it is stored."""
 _Found = tuple[Record, OpenFile, bool]
@@ -71,16 +73,18 @@ class Cache:
         client: str = "",
         *,
         background: bool = False,
+        waits: RequestClock | None = None,
     ) -> Opened:
         """The body of `route` for clients of `variant`. Problem when it can't be had.
 
         `passed` are the gups that the request came through: a fill begun for it passes them upstream.
         `client` is its address. `background`: no client waits for it, but another member's background fill.
+        `waits` is the request's clock.
         """
         for key in route.keys(variant):
             fill = self._current(key)
             if fill is not None and fill.suspect and fill.body is not None:  # the entry was demoted
-                return await self._filled(key, route, variant, passed, client)
+                return await self._filled(key, route, variant, passed, client, waits=waits)
             entry = self._entries.known(key)
             if entry is None and not route.immutable and fill is None:
                 entry = await self._entries.get(key)  # even if it is stale; fills look up the others
@@ -91,10 +95,10 @@ class Cache:
                 self._damaged(entry)
             if route.immutable or is_fresh(self._deps, entry.record):
                 return self._opened(entry, route, Result.HIT)
-            return await self._revalidated(entry, route, variant, passed, client)
+            return await self._revalidated(entry, route, variant, passed, client, waits)
         key = route.key(variant)
         try:
-            return await self._filled(key, route, variant, passed, client, background=background)
+            return await self._filled(key, route, variant, passed, client, background=background, waits=waits)
         except Problem:
             entry = await self._entries.get_damaged(key)
             if entry is None:
@@ -203,12 +207,18 @@ class Cache:
             return entry.head, Result.STALE, self._opened(entry, route, Result.STALE).age_seconds
 
     async def _revalidated(
-        self, entry: Entry, route: Route, variant: Variant, passed: tuple[str, ...], client: str
+        self,
+        entry: Entry,
+        route: Route,
+        variant: Variant,
+        passed: tuple[str, ...],
+        client: str,
+        waits: RequestClock | None,
     ) -> Opened:
         """A stale index file: ask upstream once for the whole machine; serve it stale without an answer."""
         try:
             async with asyncio.timeout(_PATIENCE_FOR_FRESH_SECONDS):
-                return await self._filled(entry.key, route, variant, passed, client)
+                return await self._filled(entry.key, route, variant, passed, client, waits=waits)
         except (Problem, TimeoutError) as error:
             if isinstance(error, Problem) and error.status in (404, 410):
                 raise
@@ -216,7 +226,7 @@ class Cache:
             if age > self._deps.settings.cache.max_stale:
                 if isinstance(error, Problem):
                     raise
-                return await self._filled(entry.key, route, variant, passed, client)
+                return await self._filled(entry.key, route, variant, passed, client, waits=waits)
             return self._opened(entry, route, Result.STALE)
 
     async def _filled(
@@ -228,6 +238,7 @@ class Cache:
         client: str,
         *,
         background: bool = False,
+        waits: RequestClock | None = None,
     ) -> Opened:
         """Join the current fill or begin one; begin another when the entry was purged or damaged at once."""
         deps = self._deps
@@ -244,7 +255,7 @@ class Cache:
             fill = fill or self._begin_for(Fill(key, route, variant, passed, client, background=background))
             fill.request(deps.pool.wan, background=background)
             try:
-                joined = await self._joined(fill, passed)
+                joined = await self._joined(fill, passed, waits)
             except Problem:
                 if number == _MOST_FILLS or not fill.allows_another(route.upstream_path, passed):
                     raise
@@ -254,7 +265,7 @@ class Cache:
             if isinstance(joined, GrowingBody):
                 return Opened(joined, Result.BYPASS if joined.in_memory else result, key, route.kind)
             if joined is FillEnd.UNSTORABLE:
-                return await self.pass_through.whole(route, variant, passed, client)
+                return await self.pass_through.whole(route, variant, passed, client, waits)
             entry = next(filter(None, map(self._entries.known, (key, *route.keys(variant)))), None)
             entry = entry or await self._entries.get(key)
             if entry is not None:
@@ -286,13 +297,17 @@ class Cache:
         age = max(0, int(deps.wall_clock() - os.fstat(body.fd).st_mtime))
         return Opened(body.reader(), Result.BYPASS, key, route.kind, age)
 
-    async def _joined(self, fill: Fill, passed: tuple[str, ...] = ()) -> GrowingBody | FillEnd:
+    async def _joined(
+        self, fill: Fill, passed: tuple[str, ...] = (), waits: RequestClock | None = None
+    ) -> GrowingBody | FillEnd:
         """What there is to read. The Via names of waiting gups are checked repeatedly: they may be learned
         late.
         """
         if fill.background:
             return await fill.join()
         self._count_waiters(1)
+        if waits is not None:
+            waits.wait_for(fill.times)
         try:
             async with asyncio.timeout(self._deps.longest_wait_seconds):
                 while passed:
@@ -307,6 +322,9 @@ class Cache:
             ) from error
         finally:
             self._count_waiters(-1)
+            if waits is not None:
+                waits.enter("disk")
+                waits.split()
 
     def _count_waiters(self, change: int) -> None:
         self._deps.counters.words[self._waiters_at] += change
@@ -369,6 +387,7 @@ class Cache:
 
     def _begin(self, fill: Fill) -> Fill:
         fill.since = self._deps.clock()
+        fill.times = FillClock(self._deps.clock, fill.since)
         fill.count_readers = self._count_waiters
         self._fills[fill.key] = fill
         self._spawn(self._run(fill), fill)
@@ -383,7 +402,9 @@ class Cache:
                 if found is None:
                     found = await on_disk(self._deps.executor, self._look_up, fill)
                 if found is None:
+                    fill.times.enter(ELSEWHERE)
                     await follower.run()
+                    fill.times.enter("disk")
                 elif isinstance(found, Leftover):
                     try:
                         await self._lead(fill, found, follower)
@@ -404,6 +425,7 @@ class Cache:
             if not fill.over:  # cancelled when the service stops, or a programming error
                 fill.fail(Problem("internal-error", "the fill ended with an internal error"))
             self._keep_entry(fill)
+            fill.times.stop()
             fill.ended.set()
 
     def _release(self, fill: Fill) -> None:
@@ -473,12 +495,14 @@ class Cache:
             fill.fail(failure)
             return
         leader = Leader(self._deps, fill, leftover)
+        fill.led = True
         absent = await leader.run(fill.route.upstream_path)
         # No slot is held meanwhile: the catalogue may have to be fetched itself.
         if absent is not None and (other := await self._spelled_otherwise(fill)) is not None:
             absent = await leader.run(other)
         if absent is not None:
             await leader.fail(absent)
+        leader.note_times()
 
     async def _spelled_otherwise(self, fill: Fill) -> str | None:
         candidates = self._deps.pool.candidates(fill.variant, fill.key.text)
@@ -593,6 +617,15 @@ class Cache:
     @property
     def fills(self) -> int:
         return len(self._tasks)
+
+    def slow_fills(self) -> list[dict[str, object]]:
+        """What this process fetches for a second or longer, the oldest first: rows of an UnderWay."""
+        now, least = self._deps.clock(), min(_SLOW_SECONDS, self._deps.settings.reports.slow)
+        return [
+            {"key": fill.key.text, "phase": fill.times.phase, **fill.times.told()}
+            for fill in self._tasks.values()
+            if fill is not None and fill.led and not fill.over and now - fill.since >= least
+        ][:_MOST_TOLD]
 
     async def end_fills(self) -> None:
         """Wait until all fills that this process leads or follows have ended."""

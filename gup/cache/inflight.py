@@ -22,6 +22,7 @@ from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
+from gup.phases import FillClock
 from gup.upstream.bandwidth import Share, Wan
 from gup.upstream.members import Members
 from gup.upstream.pool import Pool
@@ -127,6 +128,8 @@ class Fill:
     problem: Problem | None = None
     record: Record | None = None
     file: OpenFile | None = None
+    led: bool = False
+    """This process leads it."""
     fetched: bool = False
     """This process asked an upstream for it."""
     repairs: bool = False
@@ -148,6 +151,8 @@ class Fill:
     step_aside: Callable[[], Coroutine[None, None, None]] | None = None
     """Frees the key's claim for the next fill. None where another process leads it."""
     share: Share = field(init=False)
+    times: FillClock = field(init=False)
+    """Set when it begins."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when all is over and another fill of the key may begin."""
     _settled: asyncio.Event | None = None
@@ -173,7 +178,7 @@ class Fill:
         if self.body is not None and self.body is not body:
             self.body.fail()
         self.body = body
-        body.count_readers = self.count_readers
+        body.count_readers, body.times = self.count_readers, self.times
         self._settle()
 
     def detach(self) -> None:
@@ -268,9 +273,9 @@ def is_shared(problem: Problem, passed: tuple[str, ...], *, asks_gups: bool) -> 
     return not passed or (not asks_gups and problem.status in (404, 410))
 
 
-def committed(record: Record, *, replaced: bool, path: str = "", **fetched: float) -> dict[str, object]:
+def committed(record: Record, *, replaced: bool, path: str = "", **fetched: object) -> dict[str, object]:
     """The event that tells the controller of a new body; with the `path` that a client's fill asked for, and
-    the `seconds`, the `resumes` and the bytes `received` over the WAN of a fill that this process has led.
+    the `resumes`, the bytes `received` over the WAN and the times of a fill that this process has led.
     """
     own = {"key": record.key.text, "length": record.length, "kind": str(record.kind)}
     told = {"replaced": replaced, "path": path, "upstream": record.upstream} | fetched

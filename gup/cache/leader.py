@@ -38,6 +38,7 @@ from gup.cache.scheduler import FillSlot, class_of
 from gup.cache.store import BadDiskError, OpenFile, Store
 from gup.content.key import Kind
 from gup.errors import Problem, exhausted, is_exhausted
+from gup.phases import FILL_PHASES, rounded
 from gup.upstream.download import Begun, BodyChanged, Choice, Download
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, unconfirmed
 from gup.upstream.session import Ask
@@ -55,6 +56,8 @@ _MOST_CHANGES = 2
 """A fill is given up when upstream's body changes more often than this while it is fetched."""
 _COMMIT_TRIES = 50
 _COMMIT_PAUSE_SECONDS = 0.2
+_TOLD_SECONDS = 0.1
+"""The times of shorter fills that are neither stored nor fail are only counted."""
 _EXPECTED = frozenset({"upstream-not-found", "upstream-gone"})
 """Upstream need not have what clients ask for: not worth a warning."""
 _Result = TypeVar("_Result")
@@ -96,6 +99,7 @@ class Leader:
         self._has_slot, self._in_progress = False, 0
         self._next_look = 0.0
         self._began_at = dependencies.clock()
+        self._times, self._has_told = fill.times, False
         error_ttl = dependencies.settings.cache.error_ttl
         tell, key = dependencies.tell, fill.key.text  # not a method: that would be a cycle that holds files
 
@@ -151,6 +155,7 @@ class Leader:
             fill.inherits = True
         watching = self._watch_for_waiters() if fill.background else None
         try:
+            self._times.enter("head")
             await self._deps.members.settle()
             self._state.path, self._state.phase = path, Phase.REQUESTED
             fill.fetched = True
@@ -179,6 +184,8 @@ class Leader:
     async def _fetch_to_disk(self) -> Problem | UpstreamFailure | None:
         body: GrowingBody | None = None
         leftover = self._leftover
+        if not leftover.nothing:
+            self._times.enter("disk")
         if leftover.damaged is not None and leftover.salvage is not None:
             body = await self._demote(leftover.damaged, leftover.salvage)
         elif leftover.state is not None and leftover.salvage is not None:
@@ -189,6 +196,7 @@ class Leader:
                 if remote.status != 200:
                     return await self._end_without_body(remote)
                 self._count_in_progress(1)
+                self._times.enter("disk")
                 await self._room.reserve(remote.length if remote.length is not None else STEP_BYTES)
                 head = self._head_of(remote)
                 body = self._begin_generation(head)
@@ -209,6 +217,7 @@ class Leader:
         if remote.status != 304 or record is None:
             return absent(remote)
         at = validated_at(deps, remote, self._fill.route.immutable)
+        self._times.enter("disk")
         try:
             async with self._files:
                 if not self._fill.freed:
@@ -238,6 +247,7 @@ class Leader:
             passed=fill.passed,
             client=fill.client,
             key=self._key.text,
+            times=self._times,
         )
         self._download = Download(
             deps.pool,
@@ -340,9 +350,11 @@ class Leader:
             return
         waited_seconds = 0.0 if self._slot is not None else deps.clock() - fill.since
         class_ = class_of(fill.route)
+        self._times.wait_for_slot()
         slot = await deps.queue.take(
             class_, waited_seconds, fill.client, inherits=fill.inherits, patient=fill.patient
         )
+        self._times.end_wait(given=slot is not None)
         if slot is None:
             raise deps.queue.refusal(class_, fill.client)
         self._slot = slot
@@ -364,15 +376,21 @@ class Leader:
 
     async def _yield_to_others(self) -> None:
         """A background fill waits here while others stream or wait, unless a client waits for it."""
+        before = self._times.phase
         while self._fill.background and self._deps.clock() >= self._next_look:
             if self._deps.queue.idle():
                 self._next_look = self._deps.clock() + _LOOK_SECONDS
-                return
+                break
+            self._times.wait_for_slot()
             await asyncio.sleep(_LOOK_SECONDS)
+        if self._times.phase != before:
+            self._times.end_wait(given=False)
+            self._times.enter(before)
 
     def _leave_slot(self) -> None:
         if self._slot is not None:
             self._slot.leave()
+            self._times.leave_slot()
 
     def _count_in_progress(self, now: int) -> None:
         """Once it has a slot, or a member sends it."""
@@ -529,9 +547,11 @@ class Leader:
     async def _receive(self, body: GrowingBody) -> RemoteHead:
         known_large = (body.head.length or 0) > _SMALL_BYTES
         shown = self._fill.body is body or self._memory is not None
+        self._times.enter("receiving")
         if shown or known_large or not await self._receive_small():
             await self._receive_large(body)
         self._fill.finishing = True  # from here on it ends soon without waiting for others
+        self._times.enter("disk")
         await self._check_structure()
         remote = self._source_head
         if not self._source.confirmed:
@@ -559,6 +579,7 @@ class Leader:
         async with WriteBehind(writer, lambda: self._write_sure(body)) as behind:
             more = True
             while more:
+                self._times.enter("disk")
                 if writer.unwritten and self._fill.body is body:
                     await behind.begin()
                 elif writer.unwritten:
@@ -567,7 +588,9 @@ class Leader:
                     await self._show(body)
                 if writer.received:
                     await self._yield_to_others()  # what has come is shown meanwhile
+                self._times.enter("receiving")
                 piece = await behind.meanwhile(download.read)
+                self._times.enter("disk")
                 more = bool(piece)
                 await self._save_source(download)
                 if more:
@@ -707,9 +730,11 @@ class Leader:
         deps.failures.forget(self._key, self._fill.route.upstream_path)
         deps.counters.add("gup_fills_total", outcome="committed")
         deps.counters.observe("gup_fill_duration_seconds", deps.clock() - self._began_at)
-        path, seconds = "" if self._fill.background else state.path, deps.clock() - self._began_at
+        path = "" if self._fill.background else state.path
+        self._times.stop()
+        self._has_told = True
         resumes = self._resumes + (self._download.resumes if self._download is not None else 0)
-        told = {"resumes": resumes, "seconds": round(seconds, 3), "received": self._on_wan(record.length)}
+        told = {"resumes": resumes, "received": self._on_wan(record.length)} | self._times.told()
         deps.tell(committed(record, replaced=replaced, path=path, **told))
         self._log_end("stored", bytes=record.length, upstream=head.upstream)
         self._fill.finish(FillEnd.COMMITTED)
@@ -915,8 +940,20 @@ class Leader:
             deps.counters.add("gup_fills_total", outcome="failed")
         self._log_end("failed", problem=problem.slug, detail=problem.detail)
         if not fill.background:  # the controller knows about its own fetches
+            self._times.stop()
+            self._has_told = True
             event = {"type": "failed", "key": self._key.text, "problem": problem.slug}
-            deps.tell({**event, "detail": problem.detail})
+            deps.tell({**event, "detail": problem.detail} | self._times.told())
+
+    def note_times(self) -> None:
+        """The fill is over: count its phases, and tell them if no other event has."""
+        times = self._times
+        times.stop()
+        for phase, seconds in times.spent.items():
+            if phase in FILL_PHASES:
+                self._deps.counters.observe("gup_fill_phase_seconds", seconds, phase=phase)
+        if not self._has_told and times.seconds >= _TOLD_SECONDS:
+            self._deps.tell({"type": "ended", "key": self._key.text} | times.told())
 
     def _ttl_seconds(self, failure: UpstreamFailure) -> float:
         """How long no upstream is to be asked for this key after this failure.
@@ -1014,8 +1051,10 @@ class Leader:
 
     def _log_end(self, outcome: str, **fields: object) -> None:
         good = outcome in ("stored", "validated") or fields.get("problem") in _EXPECTED
-        seconds = round(self._deps.clock() - self._began_at, 6)
+        seconds = round(self._times.seconds, 6)
         extra = {"outcome": outcome, "key": self._key.text, **fields, "seconds": seconds}
+        if seconds >= self._deps.settings.reports.slow:
+            extra |= {f"{phase}_seconds": spent for phase, spent in rounded(self._times.spent).items()}
         log.log(logging.INFO if good else logging.WARNING, "fill", extra=extra)
 
 

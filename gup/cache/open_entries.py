@@ -30,6 +30,7 @@ class Entry:
     """
 
     source = "cache"
+    times = "disk"
 
     def __init__(
         self,

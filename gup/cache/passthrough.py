@@ -15,6 +15,7 @@ from gup.cache.records import Head, head_of
 from gup.content.key import ContentKey, Variant
 from gup.content.routes import Route
 from gup.errors import Problem
+from gup.phases import FillClock, RequestClock
 from gup.upstream.exchange import RemoteHead, UpstreamFailure, Validators
 from gup.upstream.pool import Answer
 from gup.upstream.session import Ask
@@ -45,8 +46,10 @@ class BypassBody:
         stop: int | None,
         done: Callable[[], None],
         ends_right: Callable[[bytes], bool] | None = None,
+        times: FillClock | None = None,
     ) -> None:
         self.head = head
+        self.times: FillClock | str = times or "receiving"
         self._answer = answer
         self._stop = stop if stop is not None else head.length
         self._done = done
@@ -228,7 +231,9 @@ class PassThrough:
             return None
         head, answer = body.head, None
         try:
-            ask = Ask(route.upstream_path, "bypass", start=start, stop=stop, if_range=head.upstream_etag)
+            times = FillClock(self._deps.clock)
+            ask = Ask(route.upstream_path, "bypass", start=start, stop=stop, times=times)
+            ask = replace(ask, if_range=head.upstream_etag)
             answer = await self._ask_members(route, variant, passed, replace(ask, if_range=head.etag))
             if answer is not None:
                 begun_with = Validators(head.etag, head.last_modified)
@@ -238,7 +243,7 @@ class PassThrough:
             assert isinstance(answer, Answer)
             same = begun_with.same_as(answer.head.validators, vouched=bool(head.upstream_etag))
             if same and answer.head.start == start and answer.head.length == head.length:
-                return BypassBody(head, answer, stop, lambda: self._ranges.give_back(slot))
+                return BypassBody(head, answer, stop, lambda: self._ranges.give_back(slot), times=times)
         except Problem:
             pass
         except BaseException:
@@ -263,7 +268,12 @@ class PassThrough:
         return body.seconds_to(offset, clock()) > self._deps.settings.fill.range_wait
 
     async def whole(
-        self, route: Route, variant: Variant, passed: tuple[str, ...], client: str = ""
+        self,
+        route: Route,
+        variant: Variant,
+        passed: tuple[str, ...],
+        client: str = "",
+        waits: RequestClock | None = None,
     ) -> Opened:
         """A body that can't be stored. Problem when the limit of clients passed through is reached."""
         slot = self._bodies.try_take()
@@ -273,11 +283,13 @@ class PassThrough:
                 "this content can't be stored, and too many clients are passed through; try again later",
                 retry_after_seconds=10.0,
             )
-        order = self._deps.purges.stamp
+        order, times = self._deps.purges.stamp, FillClock(self._deps.clock)
+        times.enter("head")
+        if waits is not None:
+            waits.wait_for("head")
         try:
-            answer = await self._ask(
-                route, variant, passed, Ask(route.upstream_path, "bypass", client=client)
-            )
+            ask = Ask(route.upstream_path, "bypass", client=client, times=times)
+            answer = await self._ask(route, variant, passed, ask)
         except BaseException:
             self._bodies.give_back(slot)
             raise
@@ -290,6 +302,7 @@ class PassThrough:
             None,
             lambda: self._bodies.give_back(slot),
             lambda tail: not is_zip or zip_end_is_right(tail),
+            times,
         )
         return Opened(body, Result.BYPASS, key, route.kind, ranges=False)
 

@@ -210,7 +210,8 @@ def why(
     of: Annotated[
         str,
         typer.Argument(
-            metavar="KEY", help="A key, a path such as /content/{MONIKER}/260101001/full.zip, or a URL."
+            metavar="KEY",
+            help="A key, a path such as /content/{MONIKER}/260101001/full.zip, a URL, or a client's address.",
         ),
     ],
     *,
@@ -220,7 +221,8 @@ def why(
     """Tell what is known of one file; status 0 if it is stored, 1 if not.
 
     Where it came from and who took it, or why it is not stored: its last failure, the queue that it waits in,
-    the rule that refuses it.
+    the rule that refuses it. Where the seconds of its fill and of slow requests went. Of a client: where the
+    seconds of its slow requests went; status 0.
     """
     with asking(where) as admin:
         answer = admin.ask("GET", "why?" + urlencode({"of": of}))
@@ -229,7 +231,10 @@ def why(
     else:
         for file in answer["files"]:
             typer.echo("\n  ".join(map(printable, (file["key"], *file["said"]))))
-    if not any(file["stored"] for file in answer["files"]):
+        if answer.get("client") is not None:
+            said = [spell["said"] for spell in answer["slow"]] or ["No slow request of it is known."]
+            typer.echo("\n  ".join(map(printable, (answer["client"], *said))))
+    if answer.get("client") is None and not any(file["stored"] for file in answer["files"]):
         raise typer.Exit(FAILED)
 
 

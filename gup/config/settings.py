@@ -497,6 +497,9 @@ class Reports(Section):
     )
     retention: Timeout = row(90 * DAY, "Time after which client records are removed.")
     max_clients: Positive = row(100_000, "Client records kept; more remove those not seen for longest.")
+    slow: Timeout = row(
+        1.0, "A request that takes longer than this is kept with where its seconds went, for `gup why`."
+    )
     ledger: Timeout = row(400 * DAY, "How long the savings of single days are kept; older ones are added up.")
 
 

@@ -31,6 +31,7 @@ from gup.content.key import ContentKey, Kind
 from gup.content.routes import leads_to
 from gup.errors import PROBLEMS, quoted
 from gup.jsonmodel import Count, InvalidError, Time, parse, plain_text, shown
+from gup.phases import MARK_LENGTH, MOST_MARKS, REQUEST_PHASES
 
 MAX_DATAGRAM_BYTES = 256 * 1024
 _MAX_ROWS = 10_000
@@ -132,9 +133,26 @@ class _Event(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Committed(_Event):
+Interval = tuple[Moment, Moment | None]
+"""From when to when, in monotonic seconds; None: it still lasts."""
+Phases = Annotated[dict[Name, Moment], _that(frozenset(REQUEST_PHASES).issuperset, "phases")]
+_Mark = Annotated[tuple[Moment, ...], Field(min_length=MARK_LENGTH, max_length=MARK_LENGTH)]
+
+
+class Timed(_Event):
+    """What took how long: see gup.phases. `began` and the marks are monotonic."""
+
+    began: Moment = 0.0
+    seconds: Moment = 0.0
+    phases: Phases = Field(default_factory=dict)
+    queued: Interval | None = None
+    held: Interval | None = None
+    marks: Annotated[tuple[_Mark, ...], Field(max_length=MOST_MARKS + 4)] = ()
+
+
+class Committed(Timed):
     """A body is in the store. `replaced` says that there was an older generation; `path` as in Begun, "" if
-    no client asked. `upstream` gave its end; `seconds`, `resumes` and the bytes `received` over the
+    no client asked. `upstream` gave its end; the times, the `resumes` and the bytes `received` over the
     WAN are those of its fill, if it is known.
     """
 
@@ -146,7 +164,6 @@ class Committed(_Event):
     path: PathIfAny = ""
     upstream: Stated = ""
     resumes: Count = 0
-    seconds: Moment = 0.0
     received: Count | None = None
 
 
@@ -196,13 +213,79 @@ class Unstorable(_Event):
     disk: StrictBool = True
 
 
-class Failed(_Event):
+class Failed(Timed):
     """A fill failed."""
 
     type: Literal["failed"] = "failed"
     key: Key
     problem: Annotated[Name, _that(PROBLEMS.__contains__, "a problem")]
     detail: Detail = ""
+
+
+class Ended(Timed):
+    """A fill has ended otherwise, or failed for no client."""
+
+    type: Literal["ended"] = "ended"
+    key: Key
+
+
+_Waits = Annotated[tuple[tuple[Moment, Moment, Moment], ...], Field(max_length=20)]
+_Behind = Annotated[tuple[Client, ...], Field(max_length=20)]
+_KeyIfAny = Key | Literal[""]
+
+
+class SlowRequest(NamedTuple):
+    """A request that took long: who asked for what, how it was answered, and where its seconds went.
+
+    `waits` are those for fills that other processes lead, `behind` the clients that had download slots.
+    """
+
+    client: Client
+    key: _KeyIfAny
+    result: Name
+    status: Count
+    sent_bytes: Count
+    complete: StrictBool
+    began: Moment
+    seconds: Moment
+    phases: Phases
+    waits: _Waits
+    behind: _Behind
+
+
+class Slow(_Event):
+    """Slow requests of one worker that have been answered, or whose client has gone."""
+
+    type: Literal["slow"] = "slow"
+    rows: _rows(SlowRequest)  # type: ignore[valid-type]
+
+
+class FillUnderWay(Timed):
+    """A fill that takes long, and its present phase."""
+
+    key: Key
+    phase: Name
+
+
+class RequestUnderWay(NamedTuple):
+    """A request that takes long, as SlowRequest."""
+
+    client: Client
+    key: _KeyIfAny
+    began: Moment
+    seconds: Moment
+    phases: Phases
+    waits: _Waits
+    behind: _Behind
+
+
+class UnderWay(_Event):
+    """What takes long in one process at present, once a second; in place of what it told before."""
+
+    type: Literal["under_way"] = "under_way"
+    process: Count
+    fills: _rows(FillUnderWay) = ()  # type: ignore[valid-type]
+    requests: _rows(RequestUnderWay) = ()  # type: ignore[valid-type]
 
 
 class Rejected(_Event):
@@ -252,6 +335,9 @@ Event = (
     | Need
     | Unstorable
     | Failed
+    | Ended
+    | Slow
+    | UnderWay
     | Rejected
     | UpstreamTrouble
     | Unlisted

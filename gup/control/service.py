@@ -326,6 +326,7 @@ class Control:
         jobs.every(1.0, "purge", state.evictor.remove_left)
         jobs.every(60.0, "touch", self._touch)
         jobs.every(2.0, "reports", state.reports.write_clients)
+        jobs.every(2.0, "timings", state.timings.write)
         jobs.every(3600.0, "prune", state.reports.prune)
         jobs.every(2.0, "recover", self._dependencies.recover)
         collector = AlarmCollector(state)
@@ -402,6 +403,7 @@ class Control:
         await state.meter()
         await state.history.write()
         await state.reports.write_clients()
+        await state.timings.write()
         await state.database.stop()
         await state.index.close()
 

@@ -21,13 +21,16 @@ from gup.control.events import (
     MAX_DATAGRAM_BYTES,
     Begun,
     Committed,
+    Ended,
     Event,
     Failed,
     Need,
     NewRevision,
     Ordered,
     Rejected,
+    Slow,
     Taken,
+    UnderWay,
     Unlisted,
     Unstorable,
     UpstreamTrouble,
@@ -44,6 +47,7 @@ from gup.control.prefetch import Prefetcher
 from gup.control.stats.client_records import ClientWindows, Reports
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import RateWindow, Recorder
+from gup.control.stats.timings import Timings
 from gup.control.traffic import Traffic
 from gup.jsonmodel import InvalidError
 from gup.metrics import MAX_STREAMS
@@ -190,6 +194,13 @@ class ControlState:
         held = self.index.rows.newest_held
         self.reports = Reports(dependencies, self.database, clock, self._age_clock, held)
         self.history = Recorder(dependencies, self.database, clock)
+        self.timings = Timings(
+            self.database,
+            self.reports,
+            dependencies.counters,
+            clock,
+            lambda: self.settings.reports.slow,
+        )
         self.fill_rates = FillRates()
         self.failures: deque[FailedFill] = deque(maxlen=_FAILURES)
         self._rejections: OrderedDict[tuple[str, str], Rejection] = OrderedDict()
@@ -243,6 +254,13 @@ class ControlState:
         match event:
             case Committed():
                 self._committed(event, now)
+                self.timings.fill_ended(event)
+            case Ended():
+                self.timings.fill_ended(event)
+            case Slow():
+                self.timings.requests_ended(event)
+            case UnderWay():
+                self.timings.is_under_way(event)
             case Usage():
                 self._used(event, now)
             case Taken():
@@ -262,6 +280,7 @@ class ControlState:
                 self.notes.note(key.text, "failed", at=now, detail=f"{problem}: {detail}")
                 self.traffic.missed(key)
                 self.prefetcher.refused(key)
+                self.timings.fill_ended(event)
             case Ordered():
                 if self.dependencies.cluster is not None:
                     self.dependencies.cluster.hear_of_orders(event.member)

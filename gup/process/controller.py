@@ -274,6 +274,7 @@ class Controller(ChildProcess):
         while True:
             self.beat()
             self.cache.set_purged_aside()
+            self.tell_under_way()
             await asyncio.sleep(1.0)
 
     def tell(self, event: Mapping[str, object]) -> None:

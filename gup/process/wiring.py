@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from gup import __version__, log
@@ -58,6 +58,7 @@ class ChildProcess(ABC):
     def __init__(self, parent: Parent) -> None:
         assignment = parent.assignment
         self.parent, self.settings, self.block = parent, assignment.settings, assignment.block
+        self._told_under_way = False
         self.stopped = asyncio.Event()  # set to end `handle_messages`
         self.descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # raised by the supervisor
         self.shared = shared = SharedFile(assignment.shared_fd)
@@ -240,6 +241,13 @@ class ChildProcess(ABC):
         except OSError:
             return False
         return True
+
+    def tell_under_way(self, requests: Sequence[object] = ()) -> None:
+        """Tell which fills and `requests` of this process take long; to be called once a second."""
+        fills = self.cache.slow_fills()
+        if fills or requests or self._told_under_way:
+            self.tell({"type": "under_way", "process": os.getpid(), "fills": fills, "requests": requests})
+        self._told_under_way = bool(fills or requests)
 
     # --- the supervisor's messages
 

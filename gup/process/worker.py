@@ -118,6 +118,7 @@ class Worker(ChildProcess):
         self.cache.look_over()
         self.cache.set_purged_aside()
         self._access_log.each_second(self.tell, self.offer, wall_now, everything=everything)
+        self.tell_under_way(self._access_log.under_way())
 
     async def run(self) -> None:
         gc.freeze()  # what the start has made stays, and need not be looked through again and again

@@ -11,6 +11,7 @@ from gup.content.client_identity import NOTHING, Declarations, Stated
 from gup.content.key import Kind
 from gup.log import ACCESS
 from gup.metrics import CODES_OF_RESULT, KINDS, MAX_STREAMS, SOURCES, Counters, stream_series
+from gup.phases import ELSEWHERE, RequestClock, rounded
 from gup.server.hot_cache import HotRow
 from gup.server.ranges import Span
 from gup.server.response import Response
@@ -25,6 +26,9 @@ _MOST_WAITING = 50_000
 _TARGET_LETTERS = 300
 # Per second and worker: parsing a head takes 10 µs, and all of it happens in one turn of the event loop.
 _MOST_HEADS, _MOST_PARTS = 1000, 2000
+_MOST_SLOW, _SLOW_ROWS = 1000, 100  # slow requests told per second, and in one event
+_MOST_UNDER_WAY = 200
+_TRIFLE_SECONDS = 0.001
 _MOST_FULLS = 5000  # addresses and keys reported per second; more are possible
 
 Tell = Callable[[Mapping[str, object]], object]
@@ -71,6 +75,9 @@ class AccessLog:
         self._unnoted = 0
         self._waiting: list[list[object]] = []  # rows that did not fit the controller's queue
         self._lines = 0  # other than hits, in this second
+        self.waiting: dict[RequestClock, str] = {}
+        """The requests that have had to wait, the oldest first, with their clients' addresses."""
+        self._slow: list[list[object]] = []
         self.apply(settings)
 
     def apply(self, settings: config.Settings) -> None:
@@ -78,6 +85,7 @@ class AccessLog:
         samples = {"off": (_NEVER, -1), "sampled": (every, 1 % every), "all": (1, 0)}
         self._every, self._first = samples[self._access]
         self.declarations = Declarations(settings.rules)
+        self.slow_seconds = settings.reports.slow
         if self._names.mode != settings.reports.addresses:
             self._names.mode = settings.reports.addresses
             self._waiting.clear()  # their names were made in the former mode
@@ -99,9 +107,19 @@ class AccessLog:
         seconds = response.first_byte - response.began
         self._counters.observe("gup_time_to_first_byte_seconds", seconds, result=response.result)
 
-    def end(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
-        """The whole response was sent, or its rest never will be."""
+    def end(
+        self, peer: str, response: Response, sent: int, *, complete: bool, times: RequestClock | None = None
+    ) -> None:
+        """The whole response was sent, or its rest never will be. `times`: it had to wait."""
         self._note(peer, response, sent, complete=complete)
+        if times is not None and self.clock() - response.began >= self.slow_seconds:
+            times.enter("sending")
+            if len(self._slow) < _MOST_SLOW:
+                row = self._row_of(peer, times)
+                what = [response.key or times.key, response.result, response.status, sent, complete]
+                self._slow.append([row[0], *what, *row[2:]])
+        else:
+            times = None
         wanted = self._access == "all"
         if self._access == "sampled" and response.result == "hit":
             wanted = self.words[self.requests["hit", response.status]] % self._every == self._first
@@ -109,7 +127,31 @@ class AccessLog:
             self._lines += 1
             wanted = self._lines <= _LINES_A_SECOND
         if wanted:
-            self._line(peer, response, sent, complete=complete)
+            self._line(peer, response, sent, complete=complete, times=times)
+
+    def _row_of(self, peer: str, times: RequestClock) -> list[object]:
+        """Client, key, begin, seconds, phases, waits for fills of other processes, who had what it waited
+        for.
+        """
+        times.split()
+        spent = times.spent
+        if spent.get(ELSEWHERE, 0.0) < _TRIFLE_SECONDS:  # the moment since the split
+            spent["sending"] = spent.get("sending", 0.0) + spent.pop(ELSEWHERE, 0.0)
+        behind = [self._names.of(client.split()[0]) for client in times.behind]
+        seconds = round(sum(spent.values()), 6)
+        own = [self._names.of(peer), times.key, round(times.began, 6), seconds, rounded(spent)]
+        return [*own, times.elsewhere, behind if self._names.mode != "off" else []]
+
+    def under_way(self) -> list[list[object]]:
+        """Slow requests that are not answered yet, the oldest first: rows of an UnderWay."""
+        now = self.clock()
+        rows: list[list[object]] = []
+        for times, peer in self.waiting.items():
+            if len(rows) == _MOST_UNDER_WAY:
+                break
+            if now - times.began >= self.slow_seconds:
+                rows.append(self._row_of(peer, times))
+        return rows
 
     # --- the hot path
 
@@ -157,7 +199,9 @@ class AccessLog:
 
     # --- lines
 
-    def _line(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
+    def _line(
+        self, peer: str, response: Response, sent: int, *, complete: bool, times: RequestClock | None = None
+    ) -> None:
         now, began, first_byte = self.clock(), response.began, response.first_byte
         request, client = response.request, self._stated(self._client(response))
         sampled = response.result == "hit" and self._access == "sampled"
@@ -178,6 +222,8 @@ class AccessLog:
             "problem": response.problem,
             "one_in": self._every if sampled else None,
         }
+        if times is not None:
+            fields |= {f"{phase}_seconds": spent for phase, spent in rounded(times.spent).items()}
         log.info("request", extra=fields)
 
     def _client(self, response: Response) -> Stated | bytes:
@@ -229,6 +275,9 @@ class AccessLog:
             if not rows or not offer({"type": "taken", "rows": rows, "at": now}):
                 break
             del self._waiting[:_ROWS]
+        slow, self._slow = self._slow, []
+        for at in range(0, len(slow), _SLOW_ROWS):
+            tell({"type": "slow", "rows": slow[at : at + _SLOW_ROWS]})
         names = self._names
         event: dict[str, Sequence[object]] = {
             "uses": list(self._used.items()),

@@ -11,7 +11,7 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
@@ -19,9 +19,10 @@ from typing import Protocol
 from gup.config import Listen
 from gup.content.client_identity import Stated
 from gup.errors import Problem
+from gup.phases import FillClock, RequestClock
 from gup.server.access_log import AccessLog
 from gup.server.downloads import Downloads, Ticket, stopping
-from gup.server.handler import Handler
+from gup.server.handler import Handler, Later
 from gup.server.hot_cache import HotCache, HotRow
 from gup.server.peer import PeerHandler
 from gup.server.ranges import Span
@@ -178,6 +179,8 @@ class Connection:
     _response: Response | None = None
     _ticket: Ticket | None = None
     _writer: ResponseWriter | None = None
+    _times: RequestClock | None = None
+    """Of a request that has to wait for something."""
 
     def __post_init__(self) -> None:
         self.since = self._context.now
@@ -287,7 +290,7 @@ class Connection:
                 self._send(context.handler.refuse(problem, keep_alive=True), began)
                 return True
             if ticket.slot is None:
-                self._queue(ticket, lambda: self._send_span(row, span, client, began))
+                self._queue(ticket, lambda: self._send_span(row, span, client, began), began, row.key_text)
                 return True
         self._send_span(row, span, client, began)
         return True
@@ -330,7 +333,7 @@ class Connection:
         self.since = context.now
         length = span.stop - span.start
         sent, offered = 0, min(length, _TURN_BYTES)
-        if not self._pacers and row.in_page_cache(span.start, offered, context.now):
+        if not self._pacers and self._times is None and row.in_page_cache(span.start, offered, context.now):
             try:
                 head = head[self._sock.send(head, socket.MSG_MORE) :]
             except (BlockingIOError, InterruptedError):
@@ -374,15 +377,23 @@ class Connection:
         self._response = Response(
             0, b"", request=request, result="gone", began=began
         )  # logged if the client leaves
-        self._task = context.loop.create_task(self._answer_later(response, began))
+        times = self._begin_times(began, "disk")
+        self._task = context.loop.create_task(self._answer_later(response, began, times))
 
-    async def _answer_later(self, coming: Coroutine[None, None, Response], began: float) -> None:
+    async def _answer_later(self, later: Later, began: float, times: RequestClock) -> None:
         try:
-            response = await coming
+            response = await later(times)
         finally:
             self._task = None
+        times.enter("sending")
         self._send(response, began)
         self._advance()
+
+    def _begin_times(self, began: float, phase: str = "sending") -> RequestClock:
+        log = self._context.access_log
+        times = self._times = RequestClock(log.clock, phase, began)
+        log.waiting[times] = self.peer
+        return times
 
     def refuse(self, problem: Problem) -> None:
         """Answer with a problem and close: it is unknown where the next request begins."""
@@ -398,12 +409,18 @@ class Connection:
             self._start(response)
 
         if self._ticket is not None and self._ticket.slot is None:
-            self._queue(self._ticket, begin)
+            self._queue(self._ticket, begin, began)
         else:
             begin()
 
-    def _queue(self, ticket: Ticket, send: Callable[[], None]) -> None:
+    def _queue(self, ticket: Ticket, send: Callable[[], None], began: float, key: str = "") -> None:
+        times = self._times or self._begin_times(began)
+        times.key = times.key or key
+        times.behind = self._context.downloads.holders()
+        times.enter("download_queue")
+
         def admitted() -> None:
+            times.enter("sending")
             self._phase = _READING  # what is sent at once has no phase of its own
             send()
             self._advance()
@@ -428,6 +445,7 @@ class Connection:
         if self._ticket is not None:
             self._ticket.sent_bytes = lambda writer=self._writer: writer.sent_bytes
         if body_sent:
+            self._wait_for("client")
             self._watch(self._watched | WRITE)
         else:
             self._write(self._writer)
@@ -450,6 +468,7 @@ class Connection:
                 if writer.full:
                     break
         except (BlockingIOError, InterruptedError):
+            self._wait_for("client")
             self._watch(self._watched | WRITE)
             return
         except OSError:
@@ -457,9 +476,18 @@ class Connection:
             return
         # continue when the socket takes more, or when the bytes sent are paid for
         delay = max((pacer.delay_seconds(context.loop.time()) for pacer in pacers), default=0.0)
+        self._wait_for("rate" if delay else "client")
         if delay:
             context.loop.call_later(delay, self._writable)
         self._watch(self._watched & ~WRITE if delay else self._watched | WRITE)
+
+    def _wait_for(self, what: FillClock | str) -> None:
+        """The response waits for this from now on."""
+        times = self._times
+        if times is None:
+            assert self._response is not None
+            times = self._begin_times(self._response.began)
+        times.wait_for(what)
 
     def _stopped(self, writer: ResponseWriter, why: int) -> None:
         """The response is complete, waits for more of its body, or is broken."""
@@ -471,6 +499,7 @@ class Connection:
             self._watch(self._watched & ~WRITE)
             assert self._response is not None
             assert self._response.body is not None
+            self._wait_for(self._response.body.times)
             self._response.body.wait(writer.position, self._writable)
 
     def _writable(self) -> None:
@@ -502,7 +531,9 @@ class Connection:
     def _log_end(self, *, complete: bool) -> None:
         if self._response is not None:
             sent = self._writer.sent_bytes if self._phase is Phase.SENDING and self._writer else 0
-            self._context.access_log.end(self.peer, self._response, sent, complete=complete)
+            self._context.access_log.end(
+                self.peer, self._response, sent, complete=complete, times=self._times
+            )
 
     def _release(self) -> None:
         ticket, self._ticket = self._ticket, None
@@ -514,6 +545,9 @@ class Connection:
             response.body.leave()
         if self._writer is not None:
             self._writer.end()
+        times, self._times = self._times, None
+        if times is not None:
+            del self._context.access_log.waiting[times]
 
     def cut(self) -> None:
         """End now, with a reset: the client must never take a part for the whole."""

@@ -7,7 +7,7 @@ download that is very slow gives its slot to those that wait, and continues with
 import asyncio
 import math
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
@@ -23,6 +23,7 @@ from gup.upstream.bandwidth import Turns
 LARGE_BODY_BYTES = 256 * 1024  # bodies over this size take a download slot, except index files
 _POLL_SECONDS = 0.01
 _RATE_SECONDS = 30
+_MOST_HOLDERS = 5
 _LONGEST_RETRY_SECONDS = 300.0
 NO_SLOT = -1
 
@@ -134,6 +135,11 @@ class Downloads:
             self._slots.give_back(ticket.slot)
         if self._waiting:  # deferred: the caller is still ending another response
             self._poll_in(0.0)
+
+    def holders(self) -> tuple[str, ...]:
+        """Some of the clients that have slots here, those with the most first."""
+        held = Counter(ticket.client for ticket in self._limited if not ticket.given_back)
+        return tuple(client for client, _ in held.most_common(_MOST_HOLDERS))
 
     def each_second(self) -> None:
         self._ends.append(self._all_ended())

@@ -1,8 +1,9 @@
 """From a request to its response: route, policy, cache. The only place that turns problems into responses."""
 
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from gup.content.routes import Route, Routes, parse_target
 from gup.content.variant_choice import Choice
 from gup.errors import Problem, exhausted, is_exhausted
 from gup.metrics import CODES_OF_RESULT
+from gup.phases import RequestClock
 from gup.server.access_log import AccessLog
 from gup.server.downloads import Downloads, is_download
 from gup.server.hot_cache import Epochs, HotCache, HotRow
@@ -41,6 +43,9 @@ _REFUSALS = frozenset(int(code) for code in CODES_OF_RESULT["refused"])
 # another method is not read.
 _CLOSING = {"bad-request", "method-not-allowed", "request-timeout", "uri-too-long", "head-too-large"}
 _CLOSING |= {"http-version", "draining"}
+
+Later = Callable[[RequestClock], Coroutine[Any, Any, Response]]
+"""Makes the response when it is awaited, and gives the clock the time that it waits for."""
 
 
 class Handler:
@@ -79,30 +84,32 @@ class Handler:
 
     # --- from request to response
 
-    async def _respond_when_ready(self, request: Request, route: Route) -> Response:
+    async def _respond_when_ready(self, request: Request, route: Route, times: RequestClock) -> Response:
+        times.enter("head")  # of the upstreams' catalogues
         try:
             await self._policy.until_ready(route)
         except Exception as error:  # noqa: BLE001 - `_failed` turns it into a response
             return self._failed(error, request)
+        times.enter("disk")
         response = self.respond(request, waited=True)
-        return response if isinstance(response, Response) else await response
+        return response if isinstance(response, Response) else await response(times)
 
-    def respond(self, request: Request, *, waited: bool = False) -> Response | Coroutine[Any, Any, Response]:
-        """The response, or, if that takes disk or upstream, a coroutine that returns it.
+    def respond(self, request: Request, *, waited: bool = False) -> Response | Later:
+        """The response, or, if that takes disk or upstream, what returns it.
 
-        Neither raises anything; the coroutine may be cancelled. `waited`: the request has already waited for
+        Neither raises anything; the latter may be cancelled. `waited`: the request has already waited for
         the policy.
         """
         epochs, route, choice = self.hot_cache.epochs, None, None
         try:
             route = self._route(request)
             if not waited and not self._policy.is_ready(route):
-                return self._respond_when_ready(request, route)
+                return partial(self._respond_when_ready, request, route)
             choice = self._policy.choose(request, route)
             route = choice.of(route)
             opened = self._cache.open_now(route, choice.asked)
             if opened is None:
-                return self._respond_later(request, route, choice)
+                return partial(self._respond_later, request, route, choice)
             response = self._complete(request, opened, self._plan(request, choice, opened))
             self._learn(request, route, choice, opened, response, epochs)
         except Exception as error:  # noqa: BLE001 - as above
@@ -125,21 +132,26 @@ class Handler:
             raise Problem("no-upstream", "no upstream is configured")
         return route
 
-    async def _respond_later(self, request: Request, route: Route, choice: Choice) -> Response:
+    async def _respond_later(
+        self, request: Request, route: Route, choice: Choice, times: RequestClock
+    ) -> Response:
         passed, client = gup_names(request.header("via")), request.client
         try:
+            times.key = route.key(choice.asked).text
             if request.method == "HEAD":
+                times.enter("head")
                 head, result, age = await self._cache.head(route, choice.asked, passed, client)
                 cache_status = _CACHE_STATUS_OF_HEAD_MISS if result is Result.MISS else _CACHE_STATUS[result]
                 response = plan(request, head, self._serving(choice, age, cache_status))
                 response.result, response.key = result, route.key(choice.asked).text
                 return response
             for _ in range(_TRIES):
-                opened = await self._cache.open(route, choice.asked, passed, client)
+                opened = await self._cache.open(route, choice.asked, passed, client, waits=times)
                 response = self._plan(request, choice, opened)
                 span = next((segment for segment in response.segments if isinstance(segment, Span)), None)
                 if opened.entry is None:
                     if span is not None and response.status == 206 and len(response.segments) == 1:
+                        times.enter("head")
                         alone = await self._cache.span_alone(
                             opened, route, choice.asked, span.start, span.stop, passed
                         )

@@ -6,9 +6,8 @@ every answer are signed (gup.cluster.signing).
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import Any
 
 from gup import config
 from gup.cache.cache import Cache, Result
@@ -20,8 +19,10 @@ from gup.cluster.signing import Question, Refused, Signer
 from gup.content.key import BadKeyError, ContentKey
 from gup.content.routes import Route, Routes, parse_target
 from gup.errors import Problem, exhausted, is_exhausted
+from gup.phases import RequestClock
 from gup.server.access_log import AccessLog
 from gup.server.downloads import Downloads
+from gup.server.handler import Later
 from gup.server.hot_cache import HotCache
 from gup.server.ranges import Span
 from gup.server.request import Request
@@ -49,7 +50,9 @@ class PeerLog(AccessLog):
     def begin(self, peer: str, response: Response) -> None:  # noqa: ARG002 - as in AccessLog
         self.connected.clear()
 
-    def end(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
+    def end(
+        self, peer: str, response: Response, sent: int, *, complete: bool, times: RequestClock | None = None
+    ) -> None:
         """Nothing."""
 
 
@@ -138,8 +141,8 @@ class PeerHandler:
     def _use(self, settings: config.Settings) -> None:
         self._routes = Routes.of(settings.upstream)
 
-    def respond(self, request: Request) -> Coroutine[Any, Any, Response]:
-        return self._respond(request)
+    def respond(self, request: Request) -> Later:
+        return lambda _times: self._respond(request)
 
     async def _respond(self, request: Request) -> Response:
         signer, times, target = self._signer(), self._times_ms(), request.target.decode("latin-1")

@@ -161,6 +161,8 @@ class Download:
 
         UpstreamFailure when all upstreams have failed.
         """
+        if (times := self._template.times) is not None:
+            times.enter("head")
         while True:
             self._source = upstream = self._member() or await self._holding() or await self._upstream()
             if self._last_upstream not in (None, upstream.name) and self.received:

@@ -456,7 +456,10 @@ class Answer:
         UpstreamFailure when the body breaks off. `read_timeout` limits only the wait for the upstream: pauses
         between two reads don't count. A cancelled read loses nothing.
         """
+        times = self._ask.times
         if self._unpaid:
+            if times is not None and self._pool.wan.slice_bytes:
+                times.enter("wan")
             await self._pool.wan.pay(self._unpaid, self._ask.share)
             self._unpaid = 0
         if self._ended:
@@ -466,6 +469,8 @@ class Answer:
                 f"{self.head.upstream} is below upstream.min_rate, and other requests wait for a connection"
             )
             raise UpstreamFailure("timeout", "upstream-timeout", detail, again=True)
+        if times is not None:
+            times.enter("receiving")
         self._window.follow()
         from gup.upstream.connector import translated  # noqa: PLC0415 - imports aiohttp
 

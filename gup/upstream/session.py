@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gup import config
 from gup.content.key import ANY, Variant
 from gup.files import PEM_BYTES, FileError, read_file, trust
+from gup.phases import PhaseClock
 from gup.units import parse_http_date
 from gup.upstream.bandwidth import Share
 from gup.upstream.exchange import (
@@ -49,7 +50,8 @@ class Ask:
     own. `check`: a health check, for which any response is good. `key` is the content key; `held`: a
     member of the cluster is to answer only with what it holds, and to fetch nothing. `own_etag` is the tag of
     the body here, which members have in common, beside upstream's in `if_none_match`. `promotes`: a member is
-    to promote the fill that it sends. `signed` are the fields of a signed question to a member.
+    to promote the fill that it sends. `signed` are the fields of a signed question to a member. `times` is
+    the clock of what it is asked for.
     """
 
     path: str
@@ -71,6 +73,7 @@ class Ask:
     own_etag: str | None = None
     promotes: bool = False
     signed: Mapping[str, str] = field(default_factory=dict)
+    times: PhaseClock | None = None
 
     @property
     def ranged(self) -> bool:

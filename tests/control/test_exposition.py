@@ -63,7 +63,7 @@ def samples(*given, **more):
 
 def test_a_fresh_site_with_one_upstream_has_at_most_500_series_all_at_zero():
     found = samples()
-    assert len(found) <= 500
+    assert len(found) <= 650
     assert found['gup_site_info{site="br"anch\\7\n"}'] == 1
     for name in CODES_OF_RESULT:
         assert found[series("gup_requests_total", {"result": name, "code": CODES_OF_RESULT[name][0]})] == 0
@@ -149,7 +149,7 @@ def test_bytes_of_members_come_out_by_name():
     assert [amount for _, amount in rows["gup_peer_received_bytes_total"]] == [0, 0, 0]
 
 
-def test_a_site_of_fifty_streams_and_two_upstreams_stays_within_500_series():
+def test_a_site_of_fifty_streams_and_two_upstreams_stays_within_650_series():
     upstreams = ["manager", "spare"]
     words = dict.fromkeys(layout(upstreams), 1)
     labels = [(f"{{{slot:08X}}}", "any") for slot in range(MAX_STREAMS)]
@@ -157,7 +157,7 @@ def test_a_site_of_fifty_streams_and_two_upstreams_stays_within_500_series():
         for way in ("sent", "received"):
             words[series(f"gup_stream_{way}_bytes_total", {"slot": str(slot), "kind": "other"})] = 0
     found = samples(gauges=everything(words, [*labels, OTHER], upstreams), upstreams=upstreams, words=words)
-    assert len(found) <= 500
+    assert len(found) <= 650
     sent = [value for name, value in found.items() if name.startswith("gup_stream_sent_bytes_total")]
     assert sum(sent) == 3 * MAX_STREAMS + 4, "what is not shown apart is shown as other"
     storm = series("gup_full_storm", {"product": labels[-1][0], "language": "any"})

@@ -147,6 +147,16 @@ def _fills(made: board.Dashboard) -> None:
             span=8,
         )
     )
+    for title, text, metric in (
+        ("Where the seconds of fills went", "Seconds of waiting in a second.", "gup_fill_phase_seconds"),
+        (
+            "Where the seconds of slow requests went",
+            "The same of requests that took longer than reports.slow.",
+            "gup_request_phase_seconds",
+        ),
+    ):
+        spent = f"sum by (phase) (rate({metric}_sum{{{_SITE}}}[{_FILLS}]))"
+        made.with_panel(graph(About(title, text, "s"), Query(spent, "{{phase}}"), stacked=True))
 
 
 def _content(made: board.Dashboard) -> None:

@@ -546,6 +546,28 @@ class RuleRefusal(Variant):
     clients: int
 
 
+class Spell(Response):
+    """Where the seconds of a fill or of a request went; the phases add up to the whole."""
+
+    what: Literal["fill", "request"]
+    key: str | None
+    client: str | None
+    at: float | None = Field(description="When it ended; null: it is under way.")
+    seconds: float
+    phases: dict[str, float]
+    behind: dict[str, list[str]] = Field(
+        description="By phase, who was in front: keys of fills, clients that had download slots."
+    )
+    said: str = Field(description="The same in a sentence.")
+
+
+class Slowest(Response):
+    """What takes long at present, and the slowest fills and requests of the last day."""
+
+    under_way: list[Spell]
+    slowest: list[Spell]
+
+
 class KnownFile(Response):
     """What is known of one file; notes are of the time since the start."""
 
@@ -567,10 +589,14 @@ class KnownFile(Response):
     refusals: list[RuleRefusal]
     taken: int = Field(description="Clients that took this revision here.")
     clients: list[SeenClient] = Field(description="The last of them, with the time when they took it.")
+    times: Spell | None = Field(description="Of the fill under way, or else of the last one.")
+    slow: list[Spell] = Field(description="The last slow requests for it.")
 
 
 class Why(Response):
     files: list[KnownFile] = Field(description="One for each variant that the file may be stored as.")
+    client: str | None = Field(description="As it is stored; null when a file was asked for.")
+    slow: list[Spell] = Field(description="The client's last slow requests.")
 
 
 class SkippedStream(Response):

@@ -1,6 +1,7 @@
 """What is known of one file: whether it is stored and why not, where it came from, who took it, who may."""
 
 import asyncio
+import ipaddress
 from collections.abc import Iterator
 from typing import Literal
 from urllib.parse import urlsplit
@@ -8,6 +9,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 from pydantic import Field
 
+from gup.client_names import is_name
 from gup.content.key import ABSENT, ContentKey, Kind, Variant, content_revision
 from gup.content.routes import path_of
 from gup.content.rules import Rulebook
@@ -22,18 +24,23 @@ from gup.control.state import ControlState
 from gup.errors import Problem
 from gup.units import bytes_in_words, time_in_words
 
+_SLOW_SAID = 5
+
 
 class Question(Request):
     """Which file."""
 
     of: Text = Field(
-        description="A key as lists show it, or a path or URL such as /content/{MONIKER}/260101001/full.zip.",
+        description="A key as lists show it, a path or URL such as /content/{MONIKER}/260101001/full.zip, or "
+        "a client's address.",
         max_length=9000,
     )
 
 
 async def why(state: ControlState, query: Question) -> schemas.Why:
-    """What is known of one file."""
+    """What is known of one file, or which requests of a client were slow."""
+    if is_name(query.of) or _is_address(query.of):
+        return await _of_client(state, query.of)
     asked = urlsplit(query.of).path if "://" in query.of else query.of
     if asked.startswith("/"):
         try:
@@ -51,7 +58,7 @@ async def why(state: ControlState, query: Question) -> schemas.Why:
             key = ContentKey.parse(asked)
         except ValueError as error:
             raise web.HTTPBadRequest(
-                text=f"of: {asked!r:.300} is neither a key nor a path: {error}"
+                text=f"of: {asked!r:.300} is neither a key nor a path nor an address: {error}"
             ) from error
         found = {key: path_of(key)}
     if not found:
@@ -59,8 +66,31 @@ async def why(state: ControlState, query: Question) -> schemas.Why:
     disk = await state.evictor.measure()
     fills = {fill.id: fill for fill in fills_under_way(state, disk.parts)}
     return schemas.Why(
-        files=[await _known(state, key, path, fills.get(key.id)) for key, path in found.items()]
+        files=[await _known(state, key, path, fills.get(key.id)) for key, path in found.items()],
+        client=None,
+        slow=[],
     )
+
+
+def _is_address(text: str) -> bool:
+    try:
+        return bool(ipaddress.ip_address(text))
+    except ValueError:
+        return False
+
+
+async def _of_client(state: ControlState, of: str) -> schemas.Why:
+    name = await state.reports.name_for(of)
+    if name is None:
+        raise web.HTTPNotFound(
+            text=f"of: clients are not known by such a name, since reports.addresses is {state.reports.mode}"
+        )
+    return schemas.Why(files=[], client=name, slow=await state.timings.of_client(name))
+
+
+async def slowest(state: ControlState) -> schemas.Slowest:
+    """Where the seconds of the slowest fills and requests went."""
+    return await state.timings.slowest()
 
 
 async def _known(
@@ -79,6 +109,7 @@ async def _known(
     kind = Kind.DELTA if key.file.lower().endswith(".dax") else Kind.OTHER
     revision = content_revision(kind, key.revision, key.file)
     taken, clients = await state.reports.takers(stream_of(key), revision) if revision else (0, [])
+    times, slow = await state.timings.of_key(key.text)
     known = schemas.KnownFile(
         key=key.text,
         path=path,
@@ -93,6 +124,8 @@ async def _known(
         refusals=await _refusals(state, key),
         taken=taken,
         clients=clients,
+        times=times,
+        slow=slow,
     )
     for about in (_said_of_the_store, _said_of_fills, _said_of_clients):
         known.said += about(state, known)
@@ -158,6 +191,8 @@ def _said_of_fills(state: ControlState, known: schemas.KnownFile) -> Iterator[st
     if (fetched := known.fetched) is not None and fetched.seconds:
         resumed = f", resumed {fetched.resumes} times" if fetched.resumes else ""
         yield f"The last fill took {time_in_words(fetched.seconds)}{resumed}."
+    if known.times is not None:
+        yield known.times.said
     if (fill := known.fill) is not None:
         of = "" if fill.length_bytes is None else f" of {bytes_in_words(fill.length_bytes)}"
         yield f"It is being fetched from {fill.upstream}; {bytes_in_words(fill.received_bytes)}{of} received."
@@ -191,10 +226,14 @@ def _said_of_clients(state: ControlState, known: schemas.KnownFile) -> Iterator[
     if known.taken:
         names = ", ".join(f"{one.address} ({_ago(state, one.seen_at)})" for one in known.clients[:5])
         yield f"{known.taken} clients took this revision, the last of them: {names}."
+    yield from (spell.said for spell in known.slow[:_SLOW_SAID])
 
 
 def _ago(state: ControlState, at: float) -> str:
     return f"{time_in_words(max(0.0, state.clock() - at))} ago"
 
 
-ENDPOINTS = (Endpoint("GET", "/api/v1/why", why, problems=(404,)),)
+ENDPOINTS = (
+    Endpoint("GET", "/api/v1/why", why, problems=(404,)),
+    Endpoint("GET", "/api/v1/slow", slowest),
+)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, tzinfo
 from heapq import nlargest
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -60,6 +61,7 @@ class Viewer:
             "held": Kept(5.0, self._held),  # with 1e5 rows some 0.3 s of a thread
             "taken": Kept(10.0, state.reports.content),
             "restarts": Kept(10.0, state.reports.restarts),
+            "seconds": Kept(2.0, self._seconds),
         }
 
     async def view(self) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class Viewer:
             "status": await status(state),
             "not_ready": state.not_ready(),
             "client_rate": state.history.clients.bytes_per_second(),
+            "phase_names": PHASE_NAMES,
         } | {name: await kept.value() for name, kept in self._kept.items()}
 
     def _zone(self) -> ZoneInfo | None:
@@ -90,6 +93,9 @@ class Viewer:
             span: _chart(await history.series(span), now, SPANS[span][1], *form)
             for span, form in _CHARTS.items()
         }
+
+    async def _seconds(self) -> dict[str, Any]:
+        return slowest(await self._state.timings.slowest(), self._state.settings.reports.slow)
 
     async def _held(self) -> dict[str, Any]:
         rows = [row async for part in self._state.index.rows.every() for row in part]
@@ -203,9 +209,52 @@ def _sums(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
+PHASE_NAMES: Mapping[str, str] = {
+    "download_queue": "download slot",
+    "queue": "fill slot",
+    "wan": "WAN rate",
+    "head": "upstream's answer",
+    "receiving": "receiving",
+    "disk": "disk",
+    "fill": "fill in another process",
+    "rate": "client's rate",
+    "client": "client takes no more",
+    "sending": "sending",
+}
+_UNDER_WAY_SHOWN, _SLOWEST_SHOWN, _PARTS_SHOWN = 5, 8, 3
+
+
+def slowest(found: schemas.Slowest, least_seconds: float) -> dict[str, Any]:
+    """The longest `under_way` and the `slowest` ended ones, with their bars; the `phases` in any of them."""
+
+    def shown(spells: Sequence[schemas.Spell], most: int) -> list[dict[str, Any]]:
+        return [
+            {
+                **dict(spell),
+                "bar": [(f"p-{phase}", part / spell.seconds) for phase, part in _in_order(spell.phases)],
+                "parts": [
+                    (phase, part)
+                    for phase, part in nlargest(_PARTS_SHOWN, spell.phases.items(), key=itemgetter(1))
+                    if part >= spell.seconds / 100
+                ],
+            }
+            for spell in nlargest(most, spells, key=lambda spell: spell.seconds)
+            if spell.seconds > 0
+        ]
+
+    under_way = shown(found.under_way, _UNDER_WAY_SHOWN)
+    slow = shown(found.slowest, _SLOWEST_SHOWN)
+    phases = {phase for spell in under_way + slow for phase in spell["phases"]}
+    return {"under_way": under_way, "slowest": slow, "phases": phases, "least": least_seconds}
+
+
+def _in_order(phases: Mapping[str, float]) -> list[tuple[str, float]]:
+    return [(phase, phases[phase]) for phase in PHASE_NAMES if phase in phases]
+
+
 # --- as HTML
 
-QUICK = ("head", "alarms", "site", "saved", "now", "fills", "upstreams")
+QUICK = ("head", "alarms", "site", "saved", "now", "fills", "seconds", "upstreams")
 SLOW = ("hour", "day", "days", "held", "clients", "service")
 """The parts of the page that change; each has its template, and the element with this id holds it."""
 SLOW_SECONDS = 5.0
@@ -242,7 +291,7 @@ class Renderer:
             auto_reload=False,
         )
         environment.filters |= {
-            word.__name__: word for word in (size, rate, span, number, percent, iso, clock)
+            word.__name__: word for word in (size, rate, span, number, percent, iso, clock, seconds_in_words)
         }
         names = (name.removesuffix(".html") for name in environment.list_templates())
         self._templates = {name: environment.get_template(f"{name}.html") for name in names}
@@ -296,6 +345,15 @@ def span(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds // length:.0f}\N{NO-BREAK SPACE}{unit}"
     return f"{max(seconds, 0):.0f}\N{NO-BREAK SPACE}s"
+
+
+def seconds_in_words(seconds: float) -> str:
+    """`850 ms`, `12.4 s`, `7 min 5 s`."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f}\N{NO-BREAK SPACE}ms"
+    if seconds < 100:
+        return f"{seconds:.1f}\N{NO-BREAK SPACE}s"
+    return f"{seconds // 60:.0f}\N{NO-BREAK SPACE}min {seconds % 60:.0f}\N{NO-BREAK SPACE}s"
 
 
 def number(count: float) -> str:

@@ -254,6 +254,17 @@ def rename(db: sqlite3.Connection, new_name: Callable[[str], str]) -> None:
     _drop_orphans(db)
 
 
+def rename_slow(db: sqlite3.Connection, new_name: Callable[[str], str]) -> None:
+    """Rename the clients of slow requests; who was in front of a renamed one is forgotten."""
+    for (client,) in db.execute("SELECT DISTINCT client FROM slow WHERE client <> ''").fetchall():
+        if (other := new_name(client)) != client:
+            db.execute(
+                "UPDATE slow SET client = ?, told = json_remove(told, '$.behind.download_queue') "
+                "WHERE client = ?",
+                (other, client),
+            )
+
+
 def _drop_orphans(db: sqlite3.Connection) -> None:
     """Delete the rows of deleted clients, and streams without standings."""
     db.execute("DELETE FROM standings WHERE client NOT IN (SELECT id FROM clients)")
@@ -376,6 +387,7 @@ class Reports:
 
         def forget(db: sqlite3.Connection) -> None:
             prune(db, now, own.retention, own.max_clients)
+            db.execute("DELETE FROM slow WHERE at < ?", (now - own.retention,))
             oldest = site_time(settings, now) - timedelta(seconds=own.ledger)
             prune_days(db, oldest.date().isoformat())
             db.execute("PRAGMA incremental_vacuum").fetchall()
@@ -400,15 +412,25 @@ class Reports:
         def rename_all(db: sqlite3.Connection) -> None:
             write_batch(db, by_old_names)
             if mode == "off":
+                rename_slow(db, lambda _name: "")
                 prune(db, self._clock(), 0.0, 0)
                 db.execute("PRAGMA incremental_vacuum").fetchall()
             elif mode == "hashed":
                 rename(db, lambda name: name if is_hashed(name) else names.hashed(name))
+                rename_slow(db, lambda name: name if is_hashed(name) else names.hashed(name))
 
         if await self._database.store("reports", rename_all):
             self._named_by = mode
         elif mode == "full":
             self._put_back(by_old_names)
+
+    async def name_for(self, address: str) -> str | None:
+        """The name under which this client is stored, by its address or by that name; None: none is."""
+        await self._rename_clients()
+        if is_hashed(address):
+            return address if self.mode == "hashed" else None
+        names = ClientNames("full", b"") if self.mode == "full" else self._names
+        return None if self.mode == "off" or names is None else names.of(address)
 
     # --- queries
 

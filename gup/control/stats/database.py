@@ -37,6 +37,14 @@ CREATE TABLE about(name TEXT PRIMARY KEY, value REAL NOT NULL);
 CREATE TABLE points(step INTEGER NOT NULL, at INTEGER NOT NULL, number INTEGER NOT NULL, fields TEXT NOT NULL,
   PRIMARY KEY(step, at)) WITHOUT ROWID;
 """
+_LATER = """
+CREATE TABLE IF NOT EXISTS slow(id INTEGER PRIMARY KEY, at REAL NOT NULL, what TEXT NOT NULL,
+  key TEXT NOT NULL, client TEXT NOT NULL, seconds REAL NOT NULL, told TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS slow_key ON slow(key, id);
+CREATE INDEX IF NOT EXISTS slow_client ON slow(client, id);
+CREATE INDEX IF NOT EXISTS slow_what ON slow(what, id);
+"""
+"""Tables that a file of an earlier version lacks."""
 _BUSY_SECONDS = 5.0
 _REFUSALS = (
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY),
@@ -134,6 +142,7 @@ class StatsDatabase:
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         elif found != _FORMAT:
             raise sqlite3.DatabaseError(f"its format is {found}, not {_FORMAT}")
+        connection.executescript(_LATER)
 
     def _move_aside(self, why: str) -> None:
         """Rename the file, replacing an earlier renamed one."""

@@ -332,7 +332,7 @@ def _add_to_point(
 
 _TIMES = (
     *(("clients", "first_at"), ("clients", "seen_at")),
-    *(("standings", "taken_at"), ("standings", "asked_at"), ("takes", "taken_at")),
+    *(("slow", "at"), ("standings", "taken_at"), ("standings", "asked_at"), ("takes", "taken_at")),
 )
 
 
