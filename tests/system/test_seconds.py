@@ -146,6 +146,7 @@ def test_a_follower_in_the_other_worker(shared):
     here.ask(path)
     gate.wait_reached()
     there.ask(path)
+    gup.wait_metric(2, "gup_fill_waiters")
     hold(gate)
     assert here.response().complete
     assert there.response().complete
