@@ -25,7 +25,8 @@ FIGURE = "const at = document.querySelector(arguments[0]); return at ? Number(at
 TEXT = "return document.body.innerText"
 FOCUS = """
 const at = document.activeElement, style = getComputedStyle(at);
-const what = at === document.body ? "" : at.outerHTML.slice(0, 60);
+const number = [...document.querySelectorAll("*")].indexOf(at);  // two links may read alike
+const what = at === document.body ? "" : `${number}: ${at.outerHTML.slice(0, 60)}`;
 return [what, style.outlineStyle, parseFloat(style.outlineWidth)]
 """
 FAINT = """

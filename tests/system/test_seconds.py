@@ -19,6 +19,8 @@ SHARED = {
 }
 HELD = 0.5
 """So long something is held up; what is measured may be longer on a busy machine, never shorter."""
+LATE = 1.0
+"""So much later than the client, or earlier, a process of a busy machine may look at its clock."""
 
 
 def known(gup, path):
@@ -81,8 +83,8 @@ def test_an_upstream_that_is_slow_with_the_head(shared):
     assert request["client"] == "127.0.0.1"
     for one in (file["times"], request):
         assert one["phases"]["head"] >= HELD
-        assert one["seconds"] <= client.seconds
-    assert request["seconds"] >= client.seconds - 0.3
+        assert one["seconds"] <= client.seconds + LATE
+    assert request["seconds"] >= client.seconds - LATE
     assert "for the upstream's answer" in request["said"]
     told = command("why", "127.0.0.1", "--admin", gup.admin_url)
     assert (told.returncode, request["key"] in told.stdout) == (0, True), told
@@ -112,7 +114,7 @@ def test_the_rate_of_the_wan(shared):
     file = ended(gup, path)
     for one in (file["times"], *file["slow"]):
         assert one["phases"]["wan"] >= 0.25
-        assert one["seconds"] <= client.seconds
+        assert one["seconds"] <= client.seconds + LATE
 
 
 def test_the_queue_for_fill_slots_and_behind_whom(shared):
@@ -135,7 +137,7 @@ def test_the_queue_for_fill_slots_and_behind_whom(shared):
         assert spell["behind"]["queue"] == running
         assert spell["phases"]["queue"] > spell["phases"].get("head", 0)
     assert "for a fill slot (fill.max) behind" in file["slow"][0]["said"]
-    assert file["slow"][0]["seconds"] <= two.seconds
+    assert file["slow"][0]["seconds"] <= two.seconds + LATE
 
 
 def test_a_follower_in_the_other_worker(shared):
