@@ -97,6 +97,7 @@ _STREAM = (_PRODUCT, _LANGUAGE, ("kind", KINDS))
 _TTFB_HELP = "From a request's head to the first byte of content, hot hits left out."
 _DOWNLOADS_HELP = "Bodies over 256 KiB being sent, index files left out."
 _UP_HELP = "Whether content is requested from the upstream; 0 while it is down."
+_AGE_HELP = "Clients active within 7 days, by age of the revision that they took or stated."
 _RULES_HELP = "Requests that a rule refused or would refuse."
 _LIMIT_HELP = "Limit in force, in a cluster an equal part of the site's; absent when unlimited."
 _STORM_HELP = "Whether clients ask for fulls where deltas exist."
@@ -134,6 +135,7 @@ METRICS: tuple[Metric, ...] = (
     _counter("gup_stream_sent_bytes_total", "Body bytes sent, by stream.", *_STREAM, stored=False),
     _counter("gup_stream_received_bytes_total", "Body bytes received, by stream.", *_STREAM, stored=False),
     _gauge("gup_clients_seen", "Client addresses seen.", ("window", ("1h", "1d", "7d"))),
+    _gauge("gup_clients_by_age", _AGE_HELP, ("age", ("1d", "3d", "7d", "30d", "older", "unknown"))),
     _gauge("gup_cache_entries", "Entries in the store."),
     _gauge("gup_cache_size_bytes", "Bodies and parts in the store."),
     _gauge("gup_cache_limit_bytes", "cache.max_size."),

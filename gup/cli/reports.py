@@ -1,5 +1,6 @@
 """`gup report`: tables, CSV or JSON of a running service's reports."""
 
+import time
 from collections.abc import Callable
 from typing import Annotated
 from urllib.parse import urlencode
@@ -22,7 +23,9 @@ from gup.cli.shared import (
 from gup.units import bytes_in_words, time_in_words
 
 report = typer.Typer(
-    cls=Commands, help="Content by client, pending restarts, bandwidth saved.", no_args_is_help=True
+    cls=Commands,
+    help="Content by client, pending restarts, bandwidth saved, who had what when.",
+    no_args_is_help=True,
 )
 
 CsvFlag = Annotated[bool, typer.Option("--csv", help="Print CSV, times in UTC.")]
@@ -56,6 +59,36 @@ def savings(
 ) -> None:
     """Bytes sent, fetched, saved and wasted, by day and by stream."""
     _report("savings", where, csv_output, json_output, _show_savings, days=days)
+
+
+@report.command()
+@with_connection_flags
+def timeline(
+    *,
+    client: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="A client's address, or its hash (h-…).")
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help='Such as "2026-11-20 14:05", in site.time_zone, or with a zone: 2026-11-20T14:05Z.',
+        ),
+    ] = None,
+    stream: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A moniker, or a part of the product's name.")
+    ] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=3660, metavar="N", help="List the changes of so many days.")
+    ] = None,
+    where: Where,
+    csv_output: CsvFlag = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Which revision a client had when; without --client, the site's clients by age of their revision."""
+    given = {"client": client, "at": at, "stream": stream, "days": days}
+    asked = {name: value for name, value in given.items() if value is not None}
+    _report("timeline", where, csv_output, json_output, _show_timeline, **asked)
 
 
 def _report(
@@ -188,3 +221,82 @@ def _show_savings(answer: Row) -> None:
     show_table({"day": "day", **_FIGURES}, days, title="By day")
     streams = [row | {"day": day["day"]} for day in days for row in day["streams"]]
     show_table({"day": "day", **_STREAM, **_FLOW, **_WASTED}, streams, title="By stream")
+
+
+# --- timeline
+
+
+def _age(row: Row) -> str:
+    age = row["age_days"]
+    return "-" if age is None else "1 day" if age == 1 else f"{age} days"
+
+
+def _is_exact(row: Row) -> str:
+    return "yes" if row["exact"] else "no: that day's last change is kept"
+
+
+_STANDINGS: Columns = {
+    "product": "product",
+    "language": "language",
+    "revision": lambda row: row["revision"] or "unknown",
+    "how": "how",
+    "since": "changed_at",
+    "#age then": _age,
+    "next": "next_revision",
+    "next since": "next_at",
+    "exact": _is_exact,
+}
+_CHANGES: Columns = {"changed": "at", "product": "product", "revision": "revision", "how": "how"}
+
+
+def _part(age: str) -> Callable[[Row], str]:
+    return lambda row: f"{row['ages'][age] / row['clients']:.1%}" if row["clients"] else "-"
+
+
+_SHARES: Columns = {
+    "hour": lambda row: _local(row["at"]),
+    "#clients": "clients",
+    "#at the newest": "current",
+    "#≤ 1 day": _part("1d"),
+    "#≤ 3": _part("3d"),
+    "#≤ 7": _part("7d"),
+    "#≤ 30": _part("30d"),
+    "#older": _part("older"),
+    "#unknown": _part("unknown"),
+}
+
+
+def _local(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
+
+
+def _show_timeline(answer: Row) -> None:
+    if answer["moment_note"]:
+        typer.echo(answer["moment_note"])
+    if answer["note"]:
+        typer.echo(printable(answer["note"]))
+    if answer["client"] is not None:
+        moment = answer["at"] if answer["moment"] is None else answer["moment"]
+        seen = (
+            "it has no record any more"
+            if answer["seen_at"] is None
+            else f"seen last {_local(answer['seen_at'])}"
+        )
+        show_table(_STANDINGS, answer["standings"], title=f"{answer['client']} at {_local(moment)}; {seen}")
+        show_table(_CHANGES, answer["changes"], title=f"Changes of {answer['client']}")
+    site = [row for row in answer["shares"] if row["product"] is None]
+    days = round(answer["active_seconds"] / _DAY_SECONDS)
+    show_table(_SHARES, site, title=f"Clients that requested content within {days} days, by age of revision")
+    rest = [row for row in answer["shares"] if row["product"] is not None]
+    named: Columns = {"product": "product", "language": "language", "newest then": "newest"}
+    latest = max((row["at"] for row in rest), default=0)
+    show_table({**named, **_SHARES}, [row for row in rest if row["at"] == latest], title="By stream, latest")
+    typer.echo(answer["saying"])
+    if answer["node"] is not None:
+        typer.echo(
+            f"This is the record of {printable(answer['node'])} alone: clients may have taken content from "
+            "other members, which have their own records"
+        )
+    exact = answer["exact_since"]
+    thinned = f"; before {_local(exact)} the last change of each day" if exact > answer["since"] else ""
+    typer.echo(f"Changes are known from {_local(answer['since'])} on{thinned}. Times are this machine's.")

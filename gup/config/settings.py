@@ -482,6 +482,9 @@ class Reports(Section):
     retention: Timeout = row(90 * DAY, "Time after which client records are removed.")
     max_clients: Positive = row(100_000, "Client records kept; more remove those not seen for longest.")
     ledger: Timeout = row(400 * DAY, "How long the savings of single days are kept; older ones are added up.")
+    timeline: Timeout = row(
+        400 * DAY, "How long it is kept which client had which revision when; also of clients not seen since."
+    )
 
 
 class Alarms(Section):

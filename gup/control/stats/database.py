@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from gup.control.stats import timeline
+
 _log = logging.getLogger("gup.control.stats")
 _T = TypeVar("_T")
 _FORMAT = 1
@@ -43,8 +45,8 @@ _REFUSALS = (
     *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM),
 )
 """Errors of the disk or of another process, not of the file."""
-_MAX_PAGES = 1 << 18
-"""Of 4 KiB: the file never grows beyond a gigabyte."""
+_MAX_PAGES = 3 << 17
+"""Of 4 KiB: the file never grows beyond 1.5 GiB, of which the timeline has a third."""
 
 
 class StatsDatabase:
@@ -116,7 +118,7 @@ class StatsDatabase:
             # One process uses the file: no shared memory is mapped, which a full disk would make a SIGBUS.
             connection.executescript(
                 "PRAGMA locking_mode=EXCLUSIVE; PRAGMA auto_vacuum=INCREMENTAL; PRAGMA journal_mode=WAL; "
-                f"PRAGMA synchronous=NORMAL; PRAGMA max_page_count={_MAX_PAGES};"
+                f"PRAGMA synchronous=NORMAL; PRAGMA temp_store=MEMORY; PRAGMA max_page_count={_MAX_PAGES};"
             )
             self._check(connection)
         except BaseException:
@@ -134,6 +136,7 @@ class StatsDatabase:
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         elif found != _FORMAT:
             raise sqlite3.DatabaseError(f"its format is {found}, not {_FORMAT}")
+        connection.executescript(f"BEGIN; {timeline.TABLES} COMMIT;")  # a file of an earlier version has none
 
     def _move_aside(self, why: str) -> None:
         """Rename the file, replacing an earlier renamed one."""
