@@ -1,9 +1,10 @@
 """`gup report`: tables, CSV or JSON of a running service's reports."""
 
-import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Annotated
 from urllib.parse import urlencode
+from zoneinfo import ZoneInfo
 
 import typer
 
@@ -66,7 +67,7 @@ def savings(
 def timeline(
     *,
     client: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="A client's address, or its hash (h-…).")
+        str | None, typer.Option(metavar="ADDRESS", help="A client's address, or its hash.")
     ] = None,
     at: Annotated[
         str | None,
@@ -235,62 +236,58 @@ def _is_exact(row: Row) -> str:
     return "yes" if row["exact"] else "no: that day's last change is kept"
 
 
-_STANDINGS: Columns = {
-    "product": "product",
-    "language": "language",
-    "revision": lambda row: row["revision"] or "unknown",
-    "how": "how",
-    "since": "changed_at",
-    "#age then": _age,
-    "next": "next_revision",
-    "next since": "next_at",
-    "exact": _is_exact,
-}
-_CHANGES: Columns = {"changed": "at", "product": "product", "revision": "revision", "how": "how"}
-
-
 def _part(age: str) -> Callable[[Row], str]:
     return lambda row: f"{row['ages'][age] / row['clients']:.1%}" if row["clients"] else "-"
 
 
-_SHARES: Columns = {
-    "hour": lambda row: _local(row["at"]),
-    "#clients": "clients",
-    "#at the newest": "current",
-    "#≤ 1 day": _part("1d"),
-    "#≤ 3": _part("3d"),
-    "#≤ 7": _part("7d"),
-    "#≤ 30": _part("30d"),
-    "#older": _part("older"),
-    "#unknown": _part("unknown"),
-}
-
-
-def _local(at: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
-
-
 def _show_timeline(answer: Row) -> None:
-    if answer["moment_note"]:
-        typer.echo(answer["moment_note"])
-    if answer["note"]:
-        typer.echo(printable(answer["note"]))
+    zone = ZoneInfo(answer["time_zone"]) if answer["time_zone"] else None
+
+    def local(at: float | None) -> str:
+        return "-" if at is None else f"{datetime.fromtimestamp(at, zone):%Y-%m-%d %H:%M}"
+
+    for note in filter(None, (answer["moment_note"], answer["note"])):
+        typer.echo(printable(note))
     if answer["client"] is not None:
         moment = answer["at"] if answer["moment"] is None else answer["moment"]
-        seen = (
-            "it has no record any more"
-            if answer["seen_at"] is None
-            else f"seen last {_local(answer['seen_at'])}"
-        )
-        show_table(_STANDINGS, answer["standings"], title=f"{answer['client']} at {_local(moment)}; {seen}")
-        show_table(_CHANGES, answer["changes"], title=f"Changes of {answer['client']}")
+        seen = answer["seen_at"]
+        last = "no record of it is left" if seen is None else f"seen last {local(seen)}"
+        standings: Columns = {
+            "product": "product",
+            "language": "language",
+            "revision": lambda row: row["revision"] or "unknown",
+            "how": "how",
+            "since": lambda row: local(row["changed_at"]),
+            "#age then": _age,
+            "next": "next_revision",
+            "next since": lambda row: local(row["next_at"]),
+            "exact": _is_exact,
+        }
+        show_table(standings, answer["standings"], title=f"{answer['client']} at {local(moment)}; {last}")
+        changes: Columns = {
+            "changed": lambda row: local(row["at"]),
+            "product": "product",
+            "revision": "revision",
+            "how": "how",
+        }
+        show_table(changes, answer["changes"], title=f"Changes of {answer['client']}")
+    shares: Columns = {
+        "hour": lambda row: local(row["at"]),
+        "#clients": "clients",
+        "#at the newest": "current",
+        **{f"#{words}": _part(age) for age, words in _AGES.items()},
+    }
     site = [row for row in answer["shares"] if row["product"] is None]
+    streams = [row for row in answer["shares"] if row["product"] is not None]
+    latest = max((row["at"] for row in streams), default=0)
     days = round(answer["active_seconds"] / _DAY_SECONDS)
-    show_table(_SHARES, site, title=f"Clients that requested content within {days} days, by age of revision")
-    rest = [row for row in answer["shares"] if row["product"] is not None]
-    named: Columns = {"product": "product", "language": "language", "newest then": "newest"}
-    latest = max((row["at"] for row in rest), default=0)
-    show_table({**named, **_SHARES}, [row for row in rest if row["at"] == latest], title="By stream, latest")
+    show_table(shares, site, title=f"Clients that requested content within {days} days, by age of revision")
+    named: Columns = {"product": "product", "language": "language", "newest then": "newest", **shares}
+    show_table(named, [row for row in streams if row["at"] == latest], title="By stream, the latest hour")
+    _show_reservations(answer, local)
+
+
+def _show_reservations(answer: Row, local: Callable[[float], str]) -> None:
     typer.echo(answer["saying"])
     if answer["node"] is not None:
         typer.echo(
@@ -298,5 +295,9 @@ def _show_timeline(answer: Row) -> None:
             "other members, which have their own records"
         )
     exact = answer["exact_since"]
-    thinned = f"; before {_local(exact)} the last change of each day" if exact > answer["since"] else ""
-    typer.echo(f"Changes are known from {_local(answer['since'])} on{thinned}. Times are this machine's.")
+    thinned = f"; before {local(exact)} the last change of each day" if exact > answer["since"] else ""
+    zone = answer["time_zone"] or "the machine's time zone"
+    typer.echo(f"Changes are known from {local(answer['since'])} on{thinned}. Times are in {zone}.")
+
+
+_AGES = {"1d": "≤ 1 day", "3d": "≤ 3", "7d": "≤ 7", "30d": "≤ 30", "older": "older", "unknown": "unknown"}

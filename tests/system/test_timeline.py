@@ -44,6 +44,7 @@ def had(gup, client, at):
     return row["revision"], row["how"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("addresses", ["full", "hashed"])
 def test_what_a_client_had_at_any_moment(serve, tmp_path, addresses):
     clock = WallClock(tmp_path / "clock")
