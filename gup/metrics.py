@@ -103,6 +103,7 @@ _FILL_PHASE_HELP = "Where the seconds of fills went; a phase that a fill did not
 _REQUEST_PHASE_HELP = "The same of requests that took longer than reports.slow."
 _DOWNLOADS_HELP = "Bodies over 256 KiB being sent, index files left out."
 _UP_HELP = "Whether content is requested from the upstream; 0 while it is down."
+_AGE_HELP = "Clients active within 7 days, by age of the revision that they took or stated."
 _RULES_HELP = "Requests that a rule refused or would refuse."
 _LIMIT_HELP = "Limit in force, in a cluster an equal part of the site's; absent when unlimited."
 _STORM_HELP = "Whether clients ask for fulls where deltas exist."
@@ -142,6 +143,7 @@ METRICS: tuple[Metric, ...] = (
     _counter("gup_stream_sent_bytes_total", "Body bytes sent, by stream.", *_STREAM, stored=False),
     _counter("gup_stream_received_bytes_total", "Body bytes received, by stream.", *_STREAM, stored=False),
     _gauge("gup_clients_seen", "Client addresses seen.", ("window", ("1h", "1d", "7d"))),
+    _gauge("gup_clients_by_age", _AGE_HELP, ("age", ("1d", "3d", "7d", "30d", "older", "unknown"))),
     _gauge("gup_cache_entries", "Entries in the store."),
     _gauge("gup_cache_size_bytes", "Bodies and parts in the store."),
     _gauge("gup_cache_limit_bytes", "cache.max_size."),

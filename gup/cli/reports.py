@@ -1,8 +1,10 @@
 """`gup report`: tables, CSV or JSON of a running service's reports."""
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Annotated
 from urllib.parse import urlencode
+from zoneinfo import ZoneInfo
 
 import typer
 
@@ -22,7 +24,9 @@ from gup.cli.shared import (
 from gup.units import bytes_in_words, time_in_words
 
 report = typer.Typer(
-    cls=Commands, help="Content by client, pending restarts, bandwidth saved.", no_args_is_help=True
+    cls=Commands,
+    help="Content by client, pending restarts, bandwidth saved, who had what when.",
+    no_args_is_help=True,
 )
 
 CsvFlag = Annotated[bool, typer.Option("--csv", help="Print CSV, times in UTC.")]
@@ -56,6 +60,36 @@ def savings(
 ) -> None:
     """Bytes sent, fetched, saved and wasted, by day and by stream."""
     _report("savings", where, csv_output, json_output, _show_savings, days=days)
+
+
+@report.command()
+@with_connection_flags
+def timeline(
+    *,
+    client: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="A client's address, or its hash.")
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help='Such as "2026-11-20 14:05", in site.time_zone, or with a zone: 2026-11-20T14:05Z.',
+        ),
+    ] = None,
+    stream: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="A moniker, or a part of the product's name.")
+    ] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=3660, metavar="N", help="List the changes of so many days.")
+    ] = None,
+    where: Where,
+    csv_output: CsvFlag = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Which revision a client had when; without --client, the site's clients by age of their revision."""
+    given = {"client": client, "at": at, "stream": stream, "days": days}
+    asked = {name: value for name, value in given.items() if value is not None}
+    _report("timeline", where, csv_output, json_output, _show_timeline, **asked)
 
 
 def _report(
@@ -188,3 +222,82 @@ def _show_savings(answer: Row) -> None:
     show_table({"day": "day", **_FIGURES}, days, title="By day")
     streams = [row | {"day": day["day"]} for day in days for row in day["streams"]]
     show_table({"day": "day", **_STREAM, **_FLOW, **_WASTED}, streams, title="By stream")
+
+
+# --- timeline
+
+
+def _age(row: Row) -> str:
+    age = row["age_days"]
+    return "-" if age is None else "1 day" if age == 1 else f"{age} days"
+
+
+def _is_exact(row: Row) -> str:
+    return "yes" if row["exact"] else "no: that day's last change is kept"
+
+
+def _part(age: str) -> Callable[[Row], str]:
+    return lambda row: f"{row['ages'][age] / row['clients']:.1%}" if row["clients"] else "-"
+
+
+def _show_timeline(answer: Row) -> None:
+    zone = ZoneInfo(answer["time_zone"]) if answer["time_zone"] else None
+
+    def local(at: float | None) -> str:
+        return "-" if at is None else f"{datetime.fromtimestamp(at, zone):%Y-%m-%d %H:%M}"
+
+    for note in filter(None, (answer["moment_note"], answer["note"])):
+        typer.echo(printable(note))
+    if answer["client"] is not None:
+        moment = answer["at"] if answer["moment"] is None else answer["moment"]
+        seen = answer["seen_at"]
+        last = "no record of it is left" if seen is None else f"seen last {local(seen)}"
+        standings: Columns = {
+            "product": "product",
+            "language": "language",
+            "revision": lambda row: row["revision"] or "unknown",
+            "how": "how",
+            "since": lambda row: local(row["changed_at"]),
+            "#age then": _age,
+            "next": "next_revision",
+            "next since": lambda row: local(row["next_at"]),
+            "exact": _is_exact,
+        }
+        show_table(standings, answer["standings"], title=f"{answer['client']} at {local(moment)}; {last}")
+        changes: Columns = {
+            "changed": lambda row: local(row["at"]),
+            "product": "product",
+            "revision": "revision",
+            "how": "how",
+        }
+        show_table(changes, answer["changes"], title=f"Changes of {answer['client']}")
+    shares: Columns = {
+        "hour": lambda row: local(row["at"]),
+        "#clients": "clients",
+        "#at the newest": "current",
+        **{f"#{words}": _part(age) for age, words in _AGES.items()},
+    }
+    site = [row for row in answer["shares"] if row["product"] is None]
+    streams = [row for row in answer["shares"] if row["product"] is not None]
+    latest = max((row["at"] for row in streams), default=0)
+    days = round(answer["active_seconds"] / _DAY_SECONDS)
+    show_table(shares, site, title=f"Clients that requested content within {days} days, by age of revision")
+    named: Columns = {"product": "product", "language": "language", "newest then": "newest", **shares}
+    show_table(named, [row for row in streams if row["at"] == latest], title="By stream, the latest hour")
+    _show_reservations(answer, local)
+
+
+def _show_reservations(answer: Row, local: Callable[[float], str]) -> None:
+    typer.echo(answer["saying"])
+    if answer["node"] is not None:
+        typer.echo(
+            f"This is the record of {printable(answer['node'])} alone: clients may have taken content from "
+            "other members, which have their own records"
+        )
+    exact = answer["exact_since"]
+    thinned = f"; before {local(exact)} the last change of each day" if exact > answer["since"] else ""
+    zone = answer["time_zone"] or "the machine's time zone"
+    typer.echo(f"Changes are known from {local(answer['since'])} on{thinned}. Times are in {zone}.")
+
+
+_AGES = {"1d": "≤ 1 day", "3d": "≤ 3", "7d": "≤ 7", "30d": "≤ 30", "older": "older", "unknown": "unknown"}

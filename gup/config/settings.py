@@ -501,6 +501,9 @@ class Reports(Section):
         1.0, "A request that takes longer than this is kept with where its seconds went, for `gup why`."
     )
     ledger: Timeout = row(400 * DAY, "How long the savings of single days are kept; older ones are added up.")
+    timeline: Timeout = row(
+        400 * DAY, "How long it is kept which client had which revision when; also of clients not seen since."
+    )
 
 
 class Alarms(Section):

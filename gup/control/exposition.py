@@ -179,6 +179,7 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
         **stream_bytes(totals, labels),
         **newest_and_storms(newest, storms, labels),
         "gup_clients_seen": [({"window": w}, n) for w, n in state.clients.counts(state.clock()).items()],
+        "gup_clients_by_age": [({"age": age}, n) for age, n in state.reports.ages.items()],
         "gup_cache_entries": [({}, len(state.index.rows))],
         "gup_cache_size_bytes": [({}, disk.size_bytes)],
         "gup_cache_limit_bytes": [({}, settings.cache.max_size)],

@@ -17,7 +17,7 @@ from gup.cache.purges import reserve_room
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmCollector
-from gup.control.api import archives, entries, holds, maintenance, statistics, status, why
+from gup.control.api import archives, entries, holds, maintenance, past_revisions, statistics, status, why
 from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, problem
 from gup.control.auth import Access, AccessRequest, is_near, presented, refusal
 from gup.control.dependencies import BusyError, ControlDependencies, change
@@ -51,6 +51,7 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
         *entries.ENDPOINTS,
         *archives.Archives().endpoints,
         *statistics.ENDPOINTS,
+        *past_revisions.ENDPOINTS,
         *maintenance.ENDPOINTS,
         *holds.ENDPOINTS,
         *why.ENDPOINTS,
@@ -327,6 +328,7 @@ class Control:
         jobs.every(60.0, "touch", self._touch)
         jobs.every(2.0, "reports", state.reports.write_clients)
         jobs.every(2.0, "timings", state.timings.write)
+        jobs.every(600.0, "ages", state.reports.count_ages)
         jobs.every(3600.0, "prune", state.reports.prune)
         jobs.every(2.0, "recover", self._dependencies.recover)
         collector = AlarmCollector(state)

@@ -39,6 +39,7 @@ def everything(words, labels=LABELS, upstreams=UPSTREAMS):
     samples |= {
         "gup_alarm_messages_waiting": [({"to": to}, 0) for to in ("webhook", "command")],
         "gup_clients_seen": [({"window": window}, 0) for window in ("1h", "1d", "7d")],
+        "gup_clients_by_age": [({"age": age}, 0) for age in ("1d", "3d", "7d", "30d", "older", "unknown")],
         "gup_upstream_up": [({"upstream": name}, True) for name in upstreams],
         "gup_bandwidth_limit_bytes_per_second": [({"direction": d}, 1) for d in ("upstream", "client")],
         "gup_allowed_at_once": [({"of": name}, 1) for name in limited],

@@ -117,6 +117,16 @@ def _traffic(made: board.Dashboard) -> None:
             Query(f'sum(gup_clients_seen{{{_SITE}, window="1h"}})', "seen in an hour"),
         )
     )
+    made.with_panel(
+        graph(
+            About(
+                "Clients by age of their revision",
+                "Active within 7 days, by their oldest revision taken or stated. Taken is not installed.",
+            ),
+            Query(f"sum by (age) (gup_clients_by_age{{{_SITE}}})", "{{age}}"),
+            stacked=True,
+        )
+    )
 
 
 def _fills(made: board.Dashboard) -> None:

@@ -701,6 +701,70 @@ class RestartReport(Report):
     restart_pending: list[Restart]
 
 
+class TimedRevision(Response):
+    """A stream's revision that a client had at a moment, as far as this gup knows."""
+
+    product: str
+    version: str
+    language: str
+    type: str | None
+    moniker: str
+    revision: str | None = Field(description="Null: nothing was known of it then.")
+    how: Literal["taken", "stated"] | None = Field(
+        description="taken: it was sent all of it here; stated: it asked for a delta from it."
+    )
+    age_days: int | None = Field(description="From the date in the revision's name to that moment.")
+    changed_at: float | None = Field(description="When it came to this revision.")
+    next_revision: str | None = Field(description="The first known change after that moment.")
+    next_at: float | None
+    exact: bool = Field(description="False: of that day the last change is kept, and others may be missing.")
+
+
+class RevisionChange(Response):
+    at: float
+    product: str
+    moniker: str
+    revision: str
+    how: Literal["taken", "stated"]
+
+
+class AgeShare(Response):
+    """The active clients of an hour, by age of their revision."""
+
+    at: float
+    product: str | None = Field(description="Null: the whole site, each client by its oldest stream.")
+    version: str | None
+    language: str | None
+    moniker: str | None
+    clients: int
+    current: int = Field(description="Of them, those at the newest revision known then.")
+    ages: dict[str, int] = Field(
+        description="1d: today's or yesterday's revision; 3d, 7d, 30d: not older than so many days; older; "
+        "unknown."
+    )
+    newest: str | None = Field(description="The newest revision known then: held, taken or requested.")
+    held: str | None = Field(description="The newest revision in the store then.")
+
+
+class Timeline(Report):
+    """Which revision a client had when, or the site's shares by age."""
+
+    saying: str
+    node: str | None = Field(description="In a cluster: whose record it is. Others have their own.")
+    time_zone: str = Field(description='Of times without a zone; "" is the machine\'s.')
+    kept_seconds: float = Field(description="reports.timeline.")
+    since: float = Field(description="Changes are known from here on.")
+    exact_since: float = Field(description="All of them from here on; before, the last of each day.")
+    active_seconds: float = Field(description="Who requested something within this time is active.")
+    moment: float | None = Field(description="The time asked about.")
+    moment_note: str | None = Field(description="How that time was read, where it has two meanings or none.")
+    client: str | None = Field(description="By the name that reports.addresses allows.")
+    seen_at: float | None = Field(description="When the client was seen last; null without a record of it.")
+    standings: list[TimedRevision]
+    changes: list[RevisionChange] = Field(description="Of this client, the newest first; 10,000 at most.")
+    shares: list[AgeShare] = Field(description="The newest first.")
+
+
 class TrafficByCause(Traffic):
     sent: dict[str, int] = Field(description="By source.")
     received: dict[str, int] = Field(description="By purpose.")

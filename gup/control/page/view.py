@@ -1,6 +1,7 @@
 """The page's content: a view of the control state, and its HTML, by the templates beside it."""
 
 import asyncio
+import contextlib
 import hashlib
 import time
 from collections import defaultdict
@@ -21,12 +22,14 @@ from gup.control.api import schemas, statistics
 from gup.control.api.status import status
 from gup.control.entry_table import Row
 from gup.control.state import ControlState
-from gup.control.stats.history import HOUR, MINUTE, RECEIVED, SENT, SPANS, Point, added_up, within
+from gup.control.stats import timeline
+from gup.control.stats.history import DAY, HOUR, MINUTE, RECEIVED, SENT, SPANS, Point, added_up, within
 from gup.units import bytes_in_words
 
 _REST_FACTOR = 10
 _DAYS = 30
 _CHARTS = {"hour": (MINUTE, 5 * MINUTE, "%H:%M"), "day": (5 * MINUTE, HOUR, "%a %H:%M")}
+_OFF_NOTE = "reports.addresses is off: clients are not counted by revision."
 MAX_STREAMS = 40
 MAX_REVISIONS = 10
 
@@ -62,6 +65,7 @@ class Viewer:
             "taken": Kept(10.0, state.reports.content),
             "restarts": Kept(10.0, state.reports.restarts),
             "seconds": Kept(2.0, self._seconds),
+            "ages": Kept(60.0, self._ages),
         }
 
     async def view(self) -> dict[str, Any]:
@@ -96,6 +100,22 @@ class Viewer:
 
     async def _seconds(self) -> dict[str, Any]:
         return slowest(await self._state.timings.slowest(), self._state.settings.reports.slow)
+
+    async def _ages(self) -> dict[str, Any]:
+        """The site's clients by age of their revision: as counted last, and on each of thirty days."""
+        now, zone = self._state.clock(), self._zone()
+        with contextlib.suppress(OSError):
+            found = await self._state.database.run(lambda db: timeline.shares(db, now - _DAYS * DAY, now))
+            site = [share for share in found if share.stream is None]
+            by_day = {clock(share.at, zone, "%Y-%m-%d"): share for share in site}
+            days = [clock(now - back * DAY, zone, "%Y-%m-%d") for back in range(_DAYS - 1, -1, -1)]
+            return {
+                "note": _OFF_NOTE if self._state.reports.mode == "off" else None,
+                "last": site[-1] if site else None,
+                "days": [(day, by_day.get(day)) for day in dict.fromkeys(days)],
+                "active_days": timeline.ACTIVE_SECONDS // DAY,
+            }
+        return {"note": "The disk refuses: these figures can't be read now.", "last": None}
 
     async def _held(self) -> dict[str, Any]:
         rows = [row async for part in self._state.index.rows.every() for row in part]
@@ -255,7 +275,7 @@ def _in_order(phases: Mapping[str, float]) -> list[tuple[str, float]]:
 # --- as HTML
 
 QUICK = ("head", "alarms", "site", "saved", "now", "fills", "seconds", "upstreams")
-SLOW = ("hour", "day", "days", "held", "clients", "service")
+SLOW = ("hour", "day", "days", "held", "clients", "ages", "service")
 """The parts of the page that change; each has its template, and the element with this id holds it."""
 SLOW_SECONDS = 5.0
 """Interval of the slow parts, which are large."""

@@ -8,6 +8,7 @@ is on its disk.
 
 import asyncio
 import contextlib
+import math
 import sqlite3
 from bisect import bisect_right
 from collections import Counter, OrderedDict
@@ -27,12 +28,15 @@ from gup.control.dependencies import ControlDependencies
 from gup.control.entry_table import stream_of
 from gup.control.events import Part, Take, Taken
 from gup.control.eviction import JUMP_SECONDS
+from gup.control.stats import timeline
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import prune_days
 from gup.control.traffic import revision_time
 from gup.upstream.bandwidth import site_time
 
 MAX_CLIENTS = 100_000
+_PAUSE_SECONDS = 0.02
+"""Between the parts of long work: others use the file then."""
 WINDOWS: Mapping[str, float] = {"1h": 3600.0, "1d": 86400.0, "7d": 7 * 86400.0}
 """The windows of `gup_clients_seen`, in seconds."""
 
@@ -117,6 +121,7 @@ def joined(parts: list[_Span]) -> list[_Span]:
 MAX_PENDING = 100_000
 _FIRST_DATE = 946_684_800.0
 """2000-01-01: revisions name the year with two digits."""
+_DIGITS = 9
 _AHEAD_SECONDS = 2 * 86400.0
 """A revision's date may be this far ahead, because of time zones and clocks; a later one is ignored."""
 
@@ -158,14 +163,18 @@ class Batch:
         step = delta_step(take.key.file)
         kind = Kind.FULL if take.key.file.lower().startswith("full.") else Kind.OTHER
         revision = content_revision(Kind.DELTA if step else kind, take.key.revision, take.key.file)
-        date = revision_time(revision) if revision else None
-        if revision is not None and date is not None and _FIRST_DATE <= date <= at + _AHEAD_SECONDS:
-            came_from = step.from_revision if step else ""
+        if revision is not None and _is_dated(revision, at):
+            came_from = step.from_revision if step and _is_dated(step.from_revision, at) else ""
             self._ask((take.client, stream_of(take.key), revision, came_from, whole), (at, take.version))
 
     def _ask(self, what: tuple[str, Stream, str, str, bool], asked: tuple[float, str]) -> None:
         if what[0] in self.seen and not self._full:
             self.asked.setdefault(what, asked)
+
+
+def _is_dated(revision: str, at: float) -> bool:
+    date = revision_time(revision) if len(revision) == _DIGITS else None
+    return date is not None and _FIRST_DATE <= date <= at + _AHEAD_SECONDS
 
 
 MAX_STREAMS = 1000
@@ -191,11 +200,14 @@ ON CONFLICT(stream, client) DO UPDATE SET asked = max(asked, excluded.asked),
     max(asked_at, excluded.asked_at))
 """
 # Workers report once a second: the order of takes within 3 s is unknown, and the newest revision counts.
-# Otherwise the last one counts, since a machine that was set up anew takes an older one.
+# Otherwise the last one counts, since a machine that was set up anew takes an older one; what it came from
+# before that counts no more.
 _STAND = f"""
-UPDATE standings SET revision = :revision, taken_at = :at, version_then = coalesce(
-  nullif(:version, ''), nullif((SELECT version FROM clients WHERE id = :client), ''), version_then)
-WHERE stream = :stream AND client = :client AND revision <> :revision
+UPDATE standings SET revision = :revision, taken_at = :at,
+  came_from = iif(asked_at > :at AND asked_at <= :at + {JUMP_SECONDS}, came_from, ''),
+  version_then = coalesce(nullif(:version, ''),
+    nullif((SELECT version FROM clients WHERE id = :client), ''), version_then)
+WHERE stream = :stream AND client = :client AND (revision <> :revision OR came_from > :revision)
   AND iif(abs(:at - taken_at) <= 3, :revision > revision,
     :at > taken_at OR taken_at > :at + {JUMP_SECONDS})
 """  # noqa: S608 - a constant of ours
@@ -233,6 +245,8 @@ def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
     taken = [row for row in asked if row["whole"]]
     for statement, rows in ((_ASK, asked), (_STAND, taken), (_TAKE, taken)):
         db.executemany(statement, rows)
+    if asked:
+        timeline.note(db, ((row["stream"], row["client"]) for row in asked), max(row["at"] for row in asked))
 
 
 def prune(db: sqlite3.Connection, now: float, retention_seconds: float, max_clients: int) -> None:
@@ -351,6 +365,8 @@ class Reports:
         self._names: ClientNames | None = None
         self._named_by = ""
         """The mode in which stored clients are named; "" after a start, until they are."""
+        self.ages: Counter[str] = Counter()
+        """The active clients by age of their revision, as counted last; empty before."""
 
     # --- news
 
@@ -375,6 +391,11 @@ class Reports:
             return client
         return self._names.hashed(client) if self.mode == "hashed" and self._names is not None else None
 
+    def names_of(self, address: str) -> tuple[str, ...]:
+        """The names under which a client may be stored: by the settings, and by earlier ones."""
+        hashed = () if self._names is None else (self._names.hashed(address),)
+        return (address, *hashed) if self.mode == "full" else hashed or (address,)
+
     async def write_clients(self) -> None:
         await self._rename_clients()
         batch, self._batch = self._batch, Batch()
@@ -390,9 +411,58 @@ class Reports:
             db.execute("DELETE FROM slow WHERE at < ?", (now - own.retention,))
             oldest = site_time(settings, now) - timedelta(seconds=own.ledger)
             prune_days(db, oldest.date().isoformat())
+            timeline.prune_shares(db, now, own.timeline)
             db.execute("PRAGMA incremental_vacuum").fetchall()
 
         await self._database.store("reports", forget)
+        await self._tend_timeline(own.timeline)
+
+    async def _tend_timeline(self, kept_seconds: float) -> None:
+        """Pack the days that have ended and forget what is too old, a little at a time."""
+        today, oldest_at, line = int(self._clock() // timeline.DAY), self._age_clock() - kept_seconds, 0
+        oldest = math.ceil(oldest_at / timeline.DAY)
+
+        def pack(db: sqlite3.Connection) -> bool:
+            nonlocal line
+            after = timeline.pack_some(db, today, line)
+            line = after or 0
+            return after is not None
+
+        for some in (
+            pack,
+            lambda db: timeline.reduce_some(db, oldest),
+            lambda db: timeline.forget_some(db, oldest_at),
+        ):
+            more = True
+            while more:
+                more = await self._some_more(some)
+                await asyncio.sleep(_PAUSE_SECONDS)
+
+    async def _some_more(self, work: Callable[[sqlite3.Connection], bool]) -> bool:
+        """Do a part of something long; whether there is more that can be done now."""
+        more = False
+
+        def do(db: sqlite3.Connection) -> None:
+            nonlocal more
+            more = work(db)
+
+        return await self._database.store("reports", do) and more
+
+    async def count_ages(self) -> None:
+        """Count clients by the age of their revision; a periodic job of the service."""
+        if self.mode == "off":
+            self.ages.clear()
+            return
+        await self.write_clients()
+        held, now = dict(self._held()), self._clock()
+
+        def count(db: sqlite3.Connection) -> None:
+            streams = [tuple(row) for row in db.execute("SELECT version, language, moniker FROM streams")]
+            labels = {stream: self._dependencies.label_of(stream, "") for stream in streams}
+            patches = [stream for stream, label in labels.items() if label and label.type == CLIENT_PATCHES]
+            self.ages = timeline.count_ages(db, now, held, patches)
+
+        await self._database.store("reports", count)
 
     def _put_back(self, batch: Batch) -> None:
         batch.absorb(self._batch)
@@ -411,13 +481,18 @@ class Reports:
 
         def rename_all(db: sqlite3.Connection) -> None:
             write_batch(db, by_old_names)
+            db.execute(f"PRAGMA secure_delete={mode != 'full'}")  # old names are overwritten
             if mode == "off":
                 rename_slow(db, lambda _name: "")
                 prune(db, self._clock(), 0.0, 0)
+                timeline.forget_clients(db)
                 db.execute("PRAGMA incremental_vacuum").fetchall()
             elif mode == "hashed":
                 rename(db, lambda name: name if is_hashed(name) else names.hashed(name))
                 rename_slow(db, lambda name: name if is_hashed(name) else names.hashed(name))
+                open_names = (name for name in timeline.names_of(db) if not is_hashed(name))
+                timeline.rename(db, {name: names.hashed(name) for name in open_names})
+            db.execute("PRAGMA secure_delete=FAST")
 
         if await self._database.store("reports", rename_all):
             self._named_by = mode

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from gup.control.stats import timeline
+
 _log = logging.getLogger("gup.control.stats")
 _T = TypeVar("_T")
 _FORMAT = 1
@@ -51,8 +53,8 @@ _REFUSALS = (
     *(sqlite3.SQLITE_IOERR, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PERM, sqlite3.SQLITE_NOMEM),
 )
 """Errors of the disk or of another process, not of the file."""
-_MAX_PAGES = 1 << 18
-"""Of 4 KiB: the file never grows beyond a gigabyte."""
+_MAX_PAGES = 3 << 17
+"""Of 4 KiB: the file never grows beyond 1.5 GiB, of which the timeline has a third."""
 
 
 class StatsDatabase:
@@ -124,7 +126,7 @@ class StatsDatabase:
             # One process uses the file: no shared memory is mapped, which a full disk would make a SIGBUS.
             connection.executescript(
                 "PRAGMA locking_mode=EXCLUSIVE; PRAGMA auto_vacuum=INCREMENTAL; PRAGMA journal_mode=WAL; "
-                f"PRAGMA synchronous=NORMAL; PRAGMA max_page_count={_MAX_PAGES};"
+                f"PRAGMA synchronous=NORMAL; PRAGMA temp_store=MEMORY; PRAGMA max_page_count={_MAX_PAGES};"
             )
             self._check(connection)
         except BaseException:
@@ -143,6 +145,7 @@ class StatsDatabase:
         elif found != _FORMAT:
             raise sqlite3.DatabaseError(f"its format is {found}, not {_FORMAT}")
         connection.executescript(_LATER)
+        connection.executescript(f"BEGIN; {timeline.TABLES} COMMIT;")  # a file of an earlier version has none
 
     def _move_aside(self, why: str) -> None:
         """Rename the file, replacing an earlier renamed one."""

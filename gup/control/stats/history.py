@@ -25,6 +25,7 @@ from gup.config import Settings
 from gup.control.api.schemas import StreamTraffic, TrafficByCause
 from gup.control.dependencies import ControlDependencies
 from gup.control.eviction import JUMP_SECONDS
+from gup.control.stats import timeline
 from gup.control.stats.database import StatsDatabase
 from gup.metrics import (
     CODES_OF_RESULT,
@@ -349,6 +350,7 @@ def take_back(db: sqlite3.Connection, reading: Reading) -> None:
         {"today": reading.today},
     )
     db.execute("DELETE FROM days WHERE day > ?", (reading.today,))
+    timeline.take_back(db, reading.at)
     for step in KEPT:
         ahead = points_of(db, step, int(reading.at) + 1, math.inf)
         db.execute("DELETE FROM points WHERE step = ? AND at > ?", (step, reading.at))
