@@ -89,6 +89,7 @@ PROBLEMS: dict[str, ProblemType] = {
     # At the end: shared memory has their numbers, also that of an earlier version before `gup upgrade`.
     "queue-full": ProblemType(503, "Too much content is being fetched at once"),
     "on-hold": ProblemType(403, "An operator has put this revision on hold"),
+    "wan-budget": ProblemType(503, "The budget of the WAN is used up for such content"),
 }
 
 

@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from gup.cache.budget_gate import BudgetGate
 from gup.cache.locks import Claims
 from gup.cache.purges import Purges
 from gup.cache.store import Store
 from gup.config import Settings
 from gup.content.catalog import Catalogues, Label, Stream
 from gup.content.key import ContentKey, Variant
-from gup.content.routes import Route
 from gup.control.cluster import ClusterControl
 from gup.control.order_book import OrderBook
 from gup.control.threads import to_its_end
@@ -84,10 +84,13 @@ class ControlDependencies:
     """By the first come idle connections of a controller that leaves, by the second this one's go."""
     started_at: float
     installed_at: float
-    fetch_ahead: Callable[[Route, Variant], Awaitable[bool]]
+    fetch_ahead: Callable[..., Awaitable[bool]]
+    """Cache.prefetch."""
     drop_memory: Callable[[ContentKey], int]
     places: Callable[[str], Sequence[tuple[Variant, Variant]]]
     """Choices.variants: pairs of the variant to ask and the one to store under."""
+    gate: BudgetGate
+    """What the workers read of the WAN's budget."""
     link_idle: Callable[[], bool]
     """No fill but background fills streams or waits, in any process."""
     fills_waiting: Callable[[], int]
