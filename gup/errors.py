@@ -89,6 +89,7 @@ PROBLEMS: dict[str, ProblemType] = {
     # At the end: shared memory has their numbers, also that of an earlier version before `gup upgrade`.
     "queue-full": ProblemType(503, "Too much content is being fetched at once"),
     "on-hold": ProblemType(403, "An operator has put this revision on hold"),
+    "wan-budget": ProblemType(503, "The budget of the WAN is used up for such content"),
     "canary": ProblemType(403, "This revision is new, and other clients get it first"),
     "newest-in-place": ProblemType(307, "This revision is kept back; the newest that all may have is given"),
 }

@@ -95,6 +95,10 @@ _LIMITED = ("of", ("connections", "connections_per_address", "downloads", "fills
 _PRODUCT: Label = ("product", ())
 _LANGUAGE: Label = ("language", ())
 _MEMBER: Label = ("member", ())
+HELD_BACK = ("background", "full", "delta")
+"""Classes of fills that the WAN's budget holds back, in this order."""
+_BUDGET_HELP = "wan.budget.bytes: the site's in each period; absent without a budget."
+_BUDGET_USED_HELP = "What the site has used of it in this period, without cheap hours."
 _NEWEST = (_PRODUCT, _LANGUAGE, ("where", ("held", "requested")))
 _STREAM = (_PRODUCT, _LANGUAGE, ("kind", KINDS))
 _TTFB_HELP = "From a request's head to the first byte of content, hot hits left out."
@@ -142,6 +146,10 @@ METRICS: tuple[Metric, ...] = (
     ),
     _counter("gup_stream_sent_bytes_total", "Body bytes sent, by stream.", *_STREAM, stored=False),
     _counter("gup_stream_received_bytes_total", "Body bytes received, by stream.", *_STREAM, stored=False),
+    _counter("gup_wan_budget_held_back_total", "Fills held back by the WAN's budget.", ("class", HELD_BACK)),
+    _gauge("gup_wan_budget_bytes", _BUDGET_HELP),
+    _gauge("gup_wan_budget_used_bytes", _BUDGET_USED_HELP),
+    _gauge("gup_outbreak", "Whether an outbreak opens the WAN for definitions."),
     _gauge("gup_clients_seen", "Client addresses seen.", ("window", ("1h", "1d", "7d"))),
     _gauge("gup_clients_by_age", _AGE_HELP, ("age", ("1d", "3d", "7d", "30d", "older", "unknown"))),
     _gauge("gup_cache_entries", "Entries in the store."),

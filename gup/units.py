@@ -11,6 +11,8 @@ _SIZE_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE_UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _QUANTITY = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)\s*")
+_SHARE = re.compile(r"\s*([0-9]{1,4}(?:\.[0-9]{1,3})?)\s*%\s*")
+_MOST_SHARE = 10.0
 
 MAX_SIZE_BYTES = 2**60
 """Larger sizes are mistakes, and would not fit the 64-bit words of counters and limits."""
@@ -62,11 +64,25 @@ def parse_duration(value: object) -> float:
     return round(float(seconds), 3)  # as `format_duration` writes it
 
 
+def parse_share(value: object) -> float:
+    """A share of one in a percentage such as "70%"; ValueError says what would be right."""
+    match = _SHARE.fullmatch(value) if isinstance(value, str) else None
+    share = float(match[1]) / 100 if match else value
+    if not isinstance(share, float) or not 0 <= share <= _MOST_SHARE:
+        raise ValueError('a share is a percentage from 0% to 1000%, such as "70%"')
+    return share
+
+
 def format_size(size_bytes: int) -> str:
     """The shortest exact spelling, such as "20GB" or "64KiB"; parse_size reads it back."""
     exact = [(size_bytes // unit, name) for name, unit in _SIZE_UNITS.items() if size_bytes % unit == 0]
     count, name = min((pair for pair in exact if pair[0] > 0), default=(0, "B"))
     return f"{count}{name}"
+
+
+def format_share(share: float) -> str:
+    """Such as "70%"; parse_share reads it back."""
+    return f"{round(100 * share, 3):g}%"
 
 
 def format_rate(bytes_per_second: int) -> str:

@@ -256,8 +256,11 @@ class Cache:
             fill.request(deps.pool.wan, background=background)
             try:
                 joined = await self._joined(fill, passed, waits)
-            except Problem:
-                if number == _MOST_FILLS or not fill.allows_another(route.upstream_path, passed):
+            except Problem as problem:
+                # A client has joined just when its background fill was held back: the client's own may begin.
+                other_class = not background and problem.extensions.get("held") == "background"
+                another = other_class or fill.allows_another(route.upstream_path, passed)
+                if number == _MOST_FILLS or not another:
                     raise
                 await fill.ended.wait()
                 continue
@@ -343,10 +346,11 @@ class Cache:
 
     # --- background fills
 
-    async def prefetch(self, route: Route, variant: Variant) -> bool:
+    async def prefetch(self, route: Route, variant: Variant, *, urgent: bool = False) -> bool:
         """Store a body before a client asks for it; whether it had to be fetched.
 
-        Returns when its fill has ended. Problem when it can't be had, or can't be stored.
+        Returns when its fill has ended. Problem when it can't be had, or can't be stored. An `urgent` one
+        takes its turn among clients' fills instead of yielding to them.
         """
         key = route.key(variant)
         entry = await self._entries.get(key)
@@ -354,7 +358,10 @@ class Cache:
             return False
         if (failure := self._deps.failures.get(key, route.upstream_path)) is not None:
             raise failure
-        fill = self._current(key) or self._begin(Fill(key, route, variant, background=True))
+        fill = self._current(key)
+        fill = fill or self._begin(Fill(key, route, variant, background=not urgent, patient=urgent))
+        if urgent:
+            fill.promote(self._deps.pool.wan)
         return await fill.outcome()
 
     def take_over(self, route: Route, variant: Variant, *, inherits: bool) -> asyncio.Event | None:

@@ -8,6 +8,7 @@ from enum import Enum
 
 from gup import config
 from gup.cache.body import GrowingBody
+from gup.cache.budget_gate import BudgetGate
 from gup.cache.disk import ShortJobs, Space
 from gup.cache.fair_shares import ClientCounts
 from gup.cache.locks import Claims
@@ -57,6 +58,8 @@ class FillDependencies:
     store_epoch: Callable[[], int]
     wall_clock: Callable[[], float]
     clock: Callable[[], float]
+    budget: BudgetGate
+    """Says whether a fill may begin."""
 
     def count_miss(self, client: str) -> bool:
         """Count a request that needs an upstream; False when its client has too many in this second.

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
+from gup.cache import budget_gate
 from gup.cache.body import GrowingBody
 from gup.cache.disk import STEP_BYTES, DiskError, Room, Unstorable, on_disk, refusal
 from gup.cache.inflight import Fill, FillDependencies, FillEnd, committed, is_shared, nowhere
@@ -97,6 +98,8 @@ class Leader:
         self._slot: FillSlot | None = None
         """Kept after it is left: it shows that the fill's clients no longer wait for the queue."""
         self._has_slot, self._in_progress = False, 0
+        self._may_spend = False
+        """The WAN's budget lets it begin; it is not cut later."""
         self._next_look = 0.0
         self._began_at = dependencies.clock()
         self._times, self._has_told = fill.times, False
@@ -273,6 +276,10 @@ class Leader:
         """
         deps, fill, holds = self._deps, self._fill, self._holds
         await self._save_source(self._source)
+        if deps.settings.wan.budget.bytes and not self._may_spend:
+            if not self._is_under_way:
+                await deps.budget.refuse(fill.route, background=fill.background)
+            self._may_spend = True
         await self._take_slot()
         self._count_in_progress(1)
         if anew:
@@ -293,6 +300,13 @@ class Leader:
             retry = min(holds.seconds_left(upstream.name) for upstream in chosen)
             raise UpstreamFailure("error", "upstream-error", detail, again=False, retry_after_seconds=retry)
         return upstreams, [u for u in candidates if u not in chosen and not holds.seconds_left(u.name)]
+
+    @property
+    def _is_under_way(self) -> bool:
+        """Whether it goes on with what was begun, or restores what is stored."""
+        fill, state = self._fill, self._leftover.state
+        streamed = state is not None and state.phase is Phase.STREAMING
+        return streamed or fill.inherits or fill.patient or fill.is_read or fill.repairs
 
     def _leave_upstream(self) -> None:
         if self._download is not None:
@@ -914,7 +928,9 @@ class Leader:
 
         A part is kept for resuming, except one whose bytes were wrong; its state is kept with it.
         """
-        deps, fill = self._deps, self._fill
+        deps, fill, held_back = self._deps, self._fill, problem.slug == budget_gate.SLUG
+        if held_back:
+            problem.extensions = problem.extensions or deps.budget.stated()  # a member has said so
         if problem.slug in _EXPECTED:
             stands = problem.stands_seconds
             ttl_seconds = deps.settings.cache.negative_ttl if stands is None else stands
@@ -936,10 +952,15 @@ class Leader:
         if problem.retry_after_seconds is None:
             problem = remembered_problem(problem.slug, problem.detail, ttl_seconds)
         fill.fail(problem)
+        if not held_back:  # that is no failure: it has not begun
+            self._tell_failed(problem)
+
+    def _tell_failed(self, problem: Problem) -> None:
+        deps = self._deps
         if problem.slug not in _EXPECTED:
             deps.counters.add("gup_fills_total", outcome="failed")
         self._log_end("failed", problem=problem.slug, detail=problem.detail)
-        if not fill.background:  # the controller knows about its own fetches
+        if not self._fill.background:  # the controller knows about its own fetches
             self._times.stop()
             self._has_told = True
             event = {"type": "failed", "key": self._key.text, "problem": problem.slug}

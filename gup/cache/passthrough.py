@@ -226,6 +226,10 @@ class PassThrough:
         body = opened.body
         if not isinstance(body, GrowingBody) or body.end() is None or not await self._is_far(body, start):
             return None
+        if self._deps.budget.is_held(
+            route, background=False
+        ):  # the fill brings it, without fetching it twice
+            return None
         slot = self._ranges.try_take()
         if slot is None:
             return None
@@ -276,6 +280,7 @@ class PassThrough:
         waits: RequestClock | None = None,
     ) -> Opened:
         """A body that can't be stored. Problem when the limit of clients passed through is reached."""
+        await self._deps.budget.refuse(route, background=False)
         slot = self._bodies.try_take()
         if slot is None:
             raise Problem(

@@ -35,6 +35,8 @@ _TEST_SECONDS = 600.0
 """More than alarms.webhook_timeout and alarms.command_timeout, which end a test."""
 _UPGRADE_SECONDS = 45.0
 _PENDING = ("queued", "fetching")
+_HELD_BACK = "held back by the WAN's budget"
+"""As gup.control.prefetch says it."""
 _OUTCOMES = {
     "queued": "waits",
     "fetching": "is being fetched",
@@ -101,6 +103,10 @@ def status_lines(status: Row) -> Iterator[str]:
     yield printable(
         f"clients: {clients['connections']} connections; seen: {seen}" + (last and f"; the last: {last}")
     )
+    if status["budget"] is not None:
+        yield f"WAN budget: {status['budget']['saying']}"
+    if status["outbreak"] is not None:
+        yield printable(outbreak_line(status["outbreak"]))
     for row in status["holds"]:
         yield printable(f"ON HOLD: {hold_line(row)}")
     for row in status["canary"]:
@@ -465,6 +471,89 @@ def new_line(row: Row) -> str:
     return f"{row['product']} {row['revision']}, first to {', '.join(row['first'])}, to all from {opens}"
 
 
+@with_connection_flags
+def budget(*, where: Where, json_output: JsonFlag = False) -> None:
+    """Show the WAN's budget: what is used of it, what is held back, and when it runs out."""
+    with asking(where) as admin:
+        answer = admin.ask("GET", "budget")
+        if json_output:
+            print_json(answer)
+            return
+        for line in budget_lines(answer):
+            typer.echo(line)
+        if len(answer["nodes"]) > 1:
+            show_table({"gup": "node", "#used": "used_bytes", "told": "told_at"}, answer["nodes"])
+
+
+def budget_lines(answer: Row) -> Iterator[str]:
+    began, ends = (
+        time.strftime("%Y-%m-%d %H:%M", time.localtime(answer[name]))
+        for name in ("period_began_at", "period_ends_at")
+    )
+    yield answer["saying"]
+    left = answer["left_bytes"]
+    yield f"period: {began} to {ends}" + ("" if left is None else f", {bytes_in_words(left)} left")
+    kinds = ", ".join(f"{bytes_in_words(count)} {kind}" for kind, count in answer["by_kind"].items())
+    yield f"received in it: {kinds}; {bytes_in_words(answer['background_bytes'])} of them prefetched"
+    if answer["cheap_bytes"] or answer["cheap_now"]:
+        now = ", now" if answer["cheap_now"] else ""
+        yield f"in cheap hours, not counted: {bytes_in_words(answer['cheap_bytes'])}{now}"
+    ahead = answer["forecast"]
+    if ahead["basis"] == "none":
+        yield "forecast: too early to tell"
+    else:
+        judged = "this period alone"
+        if ahead["basis"] != "period":
+            judged = f"{'the weekdays of ' if ahead['basis'] == 'weekdays' else ''}{ahead['days']} days"
+        expected = bytes_in_words(ahead["expected_bytes"])
+        yield f"forecast: {expected} at the period's end, judged by {judged}"
+    counts = ", ".join(f"{count} {class_}" for class_, count in answer["held_back_total"].items())
+    yield f"held back since the installation: {counts}; now: {', '.join(answer['held_back']) or 'nothing'}"
+
+
+@with_connection_flags
+def outbreak(
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="TIME", help="How long, such as 4h, at most 7d; or end. Default: show it."),
+    ] = None,
+    *,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Shown wherever the outbreak is.")] = "",
+    by: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who orders it; default: your user's name.")
+    ] = None,
+    where: Where,
+    json_output: JsonFlag = False,
+) -> None:
+    """Open everything for definitions for some hours, on all nodes of a cluster; it ends by itself.
+
+    The WAN's budget holds no definitions back, they are prefetched at once, and lower rates of the WAN's
+    schedule do not apply. Client patches are not opened. Without an argument: whether there is an outbreak.
+    """
+    given = {"by": _user() if by is None else by}
+    with asking(where) as admin:
+        if what is None:
+            answer = admin.ask("GET", "outbreak")
+        elif what == "end":
+            answer = admin.ask("DELETE", f"outbreak?{urlencode(given)}")
+        else:
+            answer = admin.ask("POST", "outbreak", given | {"duration": what, "reason": reason})
+    if json_output:
+        print_json(answer)
+        return
+    found = answer["outbreak"]
+    words = outbreak_line(found) if found else "the outbreak is over" if what else "there is no outbreak"
+    typer.echo(printable(words + without(answer)))
+
+
+def outbreak_line(row: Row) -> str:
+    """`OUTBREAK until 2026-08-01 18:05, 3 h 59 min left, by ann: worm`"""
+    until = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["until"]))
+    who = f", by {row['by']}" if row["by"] else ""
+    left, why = time_in_words(row["left_seconds"]), row["reason"] or "no reason given"
+    return f"OUTBREAK until {until}, {left} left{who}: {why}; the WAN is open for definitions"
+
+
 def without(answer: Row) -> str:
     """The members of the cluster that have not confirmed it."""
     names = ", ".join(answer.get("unconfirmed", ()))
@@ -473,11 +562,18 @@ def without(answer: Row) -> str:
 
 def _wait(admin: "Admin", wanted: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Poll until no row is pending; returns the rows."""
+    said = False
     while any(row["outcome"] in _PENDING for row in wanted):
         time.sleep(_POLL_SECONDS)
         listed = {row["key"]: row for row in admin.ask("GET", "prefetch?limit=1000")["wanted"]}
         gone = {"outcome": "failed", "detail": "it is no longer in the service's queue"}
         wanted = [listed.get(row["key"], row | gone) for row in wanted]
+        held = [row for row in wanted if row["outcome"] == "queued" and row["detail"] == _HELD_BACK]
+        if held and not said:
+            said = True
+            typer.echo(
+                f"gup: {len(held)} of them are {_HELD_BACK}: see gup budget; Ctrl-C ends the wait", err=True
+            )
     return wanted
 
 

@@ -16,13 +16,23 @@ from pydantic.fields import FieldInfo
 from gup.config import Settings
 from gup.config.loading import DELIMITER, PREFIX, masked, model_of
 from gup.metrics import MAX_SHOWN, METRICS
-from gup.units import format_duration, format_rate, format_size, parse_duration, parse_rate, parse_size
+from gup.units import (
+    format_duration,
+    format_rate,
+    format_share,
+    format_size,
+    parse_duration,
+    parse_rate,
+    parse_share,
+    parse_size,
+)
 
 _WIDTH = 100
 _QUANTITIES: dict[Any, tuple[str, Callable[[Any], str]]] = {
     parse_size: ("size", format_size),
     parse_rate: ("rate", format_rate),
     parse_duration: ("duration", format_duration),
+    parse_share: ("percentage", format_share),
 }
 _PLAIN: dict[Any, str] = {bool: "true or false", int: "whole number"}
 _EXAMPLES: dict[str, Any] = {

@@ -35,7 +35,7 @@ def _text_of_number(given: object) -> object:
     return given
 
 
-Action = Literal["purge", "pin", "unpin", "hold", "release", "prefetch", "new"]
+Action = Literal["purge", "pin", "unpin", "hold", "release", "prefetch", "new", "outbreak", "outbreak-end"]
 Subject = tuple[str, ...]
 Writer = Annotated[str, StringConstraints(max_length=64, pattern=r"^[^\s=+]+$")]
 KnownText = Annotated[
@@ -53,8 +53,8 @@ _STAMP_CHARACTERS, _MOST_SPAN_CHARACTERS = 24, 40
 @dataclass(frozen=True, slots=True)
 class Order:
     """`at` is in Unix seconds. `what` is what gup.cache.purges selects; a pin has a `key`, a hold what
-    gup.cache.revision_holds has, a prefetch what is `wanted`: rows of `key` and `path`. A new
-    revision of a stream is told with the time `since` which it is known.
+    gup.cache.revision_holds has, a prefetch what is `wanted`: rows of `key` and `path`; an outbreak what
+    gup.control.outbreak has. A new revision of a stream is told with the time `since` which it is known.
     """
 
     node: Writer
@@ -71,6 +71,8 @@ class Order:
             return ("pin", str(self.what.get("key")))
         if self.action in ("hold", "release"):
             return ("hold", str(self.what.get("stream")), str(self.what.get("revision")))
+        if self.action in ("outbreak", "outbreak-end"):
+            return ("outbreak",)
         return None
 
 

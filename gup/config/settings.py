@@ -16,7 +16,7 @@ from zoneinfo import available_timezones
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from gup.units import parse_duration, parse_rate, parse_size
+from gup.units import format_share, parse_duration, parse_rate, parse_share, parse_size
 
 T = TypeVar("T")
 
@@ -141,6 +141,10 @@ CacheSize = Annotated[Size, _good(lambda size: size >= 10**6, 'must be at least 
 LeastRate = Annotated[int, BeforeValidator(parse_rate)]
 Rate = Annotated[
     LeastRate, _good(lambda rate: rate >= 1000 or not rate, 'must be at least "1kB/s", or "0" for unlimited')
+]
+Share = Annotated[float, BeforeValidator(parse_share)]
+BudgetSize = Annotated[
+    Size, _good(lambda size: size >= 1000 or not size, 'must be at least "1kB", or "0" for no budget')
 ]
 Duration = Annotated[float, BeforeValidator(parse_duration)]
 Timeout = Annotated[Duration, Field(gt=0)]
@@ -344,8 +348,8 @@ class Prefetch(Section):
     unlisted: Literal["skip", "fetch"] = row("skip", "Whether to prefetch streams that no catalogue lists.")
 
 
-class WanSchedule(Section):
-    """Another WAN rate at certain hours of the site; the first matching table applies."""
+class WanHours(Section):
+    """Certain hours of the site."""
 
     days: Annotated[list[Literal["mon", "tue", "wed", "thu", "fri", "sat", "sun"]], Field(min_length=1)] = (
         Field(description="Weekdays, of mon, tue, wed, thu, fri, sat, sun.")
@@ -354,7 +358,6 @@ class WanSchedule(Section):
         alias="from", description="Begin, HH:MM; if later than `to`, the period spans midnight."
     )
     to: Minute = Field(description="End, HH:MM, up to 24:00.")
-    rate: Rate = Field(description="Rate during the period.")
 
     @model_validator(mode="after")
     def _some_time(self) -> Self:
@@ -363,11 +366,48 @@ class WanSchedule(Section):
         return self
 
 
+class WanSchedule(WanHours):
+    """Another WAN rate at certain hours of the site; the first matching table applies."""
+
+    rate: Rate = Field(description="Rate during the period.")
+
+
+class CheapHours(WanHours):
+    """Hours of the site whose bytes do not count, and in which nothing is held back."""
+
+
+class WanBudget(Section):
+    """How many bytes the payer of the link allows a month or a day; docs/budget.md explains it."""
+
+    bytes: BudgetSize = row(0, 'Bytes from upstream in each period; "0" sets no budget.')
+    per: Literal["month", "day"] = row("month", "The period; it begins at midnight of site.time_zone.")
+    begins: Annotated[Integer, Field(ge=1, le=31)] = row(
+        1, "Day of the month on which the provider's month begins; its last day where it is shorter."
+    )
+    background: Share = row(0.7, 'Share from which prefetching waits; "0%": it waits for cheap hours.')
+    fulls: Share = row(
+        0.9, "Share from which full packages, client patches and unknown names are refused (503)."
+    )
+    deltas: Share = row(1.0, "Share from which deltas are refused too; index files never are.")
+    cheap: list[CheapHours] = Field(default_factory=list, description="Hours whose bytes do not count.")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        shares = {name: getattr(self, name) for name in ("background", "fulls", "deltas")}
+        if sorted(shares.values()) != list(shares.values()):
+            found = ", ".join(f"{name} = {format_share(share)}" for name, share in shares.items())
+            raise ValueError(
+                f"background, then fulls, then deltas are held back, so none may be less: {found}"
+            )
+        return self
+
+
 class Wan(Section):
     """The rate of all fills together."""
 
     rate: Rate = row(8_000_000, 'Rate from upstream, over all workers; "0" is unlimited.')
     schedule: list[WanSchedule] = Field(default_factory=list, description="Other rates at certain hours.")
+    budget: WanBudget = Field(default_factory=WanBudget)
 
 
 PRIVATE_NETWORKS = (

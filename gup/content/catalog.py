@@ -144,6 +144,14 @@ class Catalogues:
         return Label(row.product, row.version, row.language or language, self._types.of(row.product))
 
 
+def opened_by_outbreak(label: Label | None) -> bool:
+    """Whether content is of definitions: neither client patches nor another type.
+
+    What no catalogue lists may be definitions, as may a LiveUpdate server's, whose names do not tell.
+    """
+    return label is None or label.type not in (CLIENT_PATCHES, OTHER) or label.product == LIVEUPDATE_PRODUCT
+
+
 def parse_catalog(text: bytes) -> Rows:
     """The rows of a ContentInfo.txt; other lines are skipped.
 

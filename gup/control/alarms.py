@@ -17,6 +17,7 @@ from gup.control.state import ControlState
 from gup.control.stats.history import RateWindow
 from gup.control.traffic import Storm
 from gup.units import bytes_in_words, time_in_words
+from gup.upstream.bandwidth import site_time
 
 _log = logging.getLogger("gup.control.alarms")
 MAX_OF_A_TYPE = 50
@@ -91,6 +92,13 @@ ALARMS = (
               "engine.")),
     AlarmType("wan-full", "warning", 60.0, 30.0,
               "Raise wan.rate if the link can carry more; see `gup status`."),
+    AlarmType("budget-held", "warning", 0.0, 15.0, (
+              "Raise wan.budget.bytes if the provider allows it; `gup outbreak 4h` opens it for definitions. "
+              "See `gup budget`.")),
+    AlarmType("budget-short", "warning", 60.0, 600.0, (
+              "See by `gup budget` what uses it; lower the shares in wan.budget, or set cheap hours.")),
+    AlarmType("outbreak", "warning", 0.0, 0.0,
+              "It ends by itself; `gup outbreak end` ends it now."),
     AlarmType("clients-silent", "warning", 0.0, 15.0, (
               "This is normal over a holiday. Otherwise check that clients can reach this machine's port, "
               "and that their policy names it.")),
@@ -201,6 +209,8 @@ class AlarmCollector:
         yield from self._of_store(disk)
         yield from self._of_content()
         yield from self._of_service()
+        yield from self._state.budget.findings()
+        yield from self._of_outbreak()
         if (cluster := self._dependencies.cluster) is not None:
             yield from cluster.findings()
 
@@ -279,6 +289,14 @@ class AlarmCollector:
                     label,
                     f"clients have requested {what} for {since}, but it can't be fetched; {here}",
                 )
+
+    def _of_outbreak(self) -> Findings:
+        found, until = self._state.outbreak.now, self._state.outbreak.until
+        if found is not None and until is not None:
+            who, why = found.by or "an operator", found.reason or "no reason was given"
+            at = site_time(self._state.settings, until)
+            text = f"an outbreak opens the WAN for definitions until {at:%Y-%m-%d %H:%M}, by {who}: {why}"
+            yield "outbreak", "", text
 
     def _of_service(self) -> Findings:
         state, now = self._state, self._state.clock()

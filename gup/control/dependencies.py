@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from gup.cache.budget_gate import BudgetGate
 from gup.cache.locks import Claims
 from gup.cache.purges import Purges
 from gup.cache.store import Store
@@ -84,12 +85,15 @@ class ControlDependencies:
     """By the first come idle connections of a controller that leaves, by the second this one's go."""
     started_at: float
     installed_at: float
-    fetch_ahead: Callable[[Route, Variant], Awaitable[bool]]
+    fetch_ahead: Callable[..., Awaitable[bool]]
+    """Cache.prefetch."""
     head: Callable[[Route, Variant], Awaitable[object]]
     """Asks upstream for a head; Problem when it can't be had."""
     drop_memory: Callable[[ContentKey], int]
     places: Callable[[str], Sequence[tuple[Variant, Variant]]]
     """Choices.variants: pairs of the variant to ask and the one to store under."""
+    gate: BudgetGate
+    """What the workers read of the WAN's budget."""
     link_idle: Callable[[], bool]
     """No fill but background fills streams or waits, in any process."""
     fills_waiting: Callable[[], int]

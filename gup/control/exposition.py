@@ -175,9 +175,16 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
     limits = {"upstream": dependencies.site_rate() // members, "client": settings.clients.rate}
     rates = [({"direction": name}, limit) for name, limit in limits.items() if limit]
     labels, upstreams = state.slot_labels(), dependencies.upstream_states()
+    budget = state.budget.standing()
+    budget_rows: dict[str, Samples] = {
+        "gup_wan_budget_bytes": [({}, budget.bytes)] if budget.bytes is not None else [],
+        "gup_wan_budget_used_bytes": [({}, budget.used_bytes)],
+        "gup_outbreak": [({}, state.outbreak.now is not None)],
+    }
     return {
         **stream_bytes(totals, labels),
         **newest_and_storms(newest, storms, labels),
+        **budget_rows,
         "gup_clients_seen": [({"window": w}, n) for w, n in state.clients.counts(state.clock()).items()],
         "gup_clients_by_age": [({"age": age}, n) for age, n in state.reports.ages.items()],
         "gup_cache_entries": [({}, len(state.index.rows))],

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, Field
 
+from gup.cache.budget_gate import SLUG as BUDGET
 from gup.content.catalog import CLIENT_PATCHES, OTHER
 from gup.content.key import ContentKey, Folder, Kind, Named, Variant, named
 from gup.content.routes import Route, Routes, delta_path, parse_target, spelled_moniker
@@ -34,6 +35,7 @@ MAX_QUEUED = 1000
 MAX_PENDING = 900
 _TRIES = 4
 _FIRST_RETRY_SECONDS = 30.0
+HELD_BACK = "held back by the WAN's budget"
 _LAST_RETRY = _FIRST_RETRY_SECONDS * 2 ** (_TRIES - 2)
 _MAX_TEXT = 9000
 Text = Annotated[str, Field(max_length=_MAX_TEXT)]
@@ -108,11 +110,14 @@ class PrefetchQueue:
         item.ended_at = None if item.pending else now
         self.changed = True
 
-    def due(self, kinds: frozenset[Kind], now: float) -> QueuedFetch | None:
-        """The next one of these kinds: operators' first, then in the order of the queue."""
+    def due(
+        self, kinds: frozenset[Kind], now: float, may_begin: "Callable[[QueuedFetch], bool]" = lambda _: True
+    ) -> QueuedFetch | None:
+        """The next one of these kinds that may begin: operators' first, then in the order of the queue."""
         queued = (item for item in self.rows.values() if item.outcome is Outcome.QUEUED)
         # One that is due later than any retry was put off by a clock that has been put back since.
-        found = [item for item in queued if item.kind in kinds and not 0 < item.due_at - now <= _LAST_RETRY]
+        due = [item for item in queued if item.kind in kinds and not 0 < item.due_at - now <= _LAST_RETRY]
+        found = list(filter(may_begin, due))
         return min(found, key=lambda item: item.by != "operator", default=None)
 
     def supersede(self, stream: Stream, newest: str, now: float) -> None:
@@ -421,15 +426,34 @@ class Prefetcher:
     async def run(self, lane: int) -> None:
         while True:
             self._news[lane].clear()
-            item = self.queue.due(LANES[lane], self._clock())
+            item = self.queue.due(LANES[lane], self._clock(), self._may_begin)
             if item is None:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_LOOK_SECONDS):
                         await self._news[lane].wait()
-            elif self._dependencies.link_idle() or item.key.text in self._index.rows:
+            elif self._dependencies.link_idle() or item.key.text in self._index.rows or self._is_urgent(item):
                 await self._one(item)
             else:
                 await asyncio.sleep(_IDLE_LOOK_SECONDS)
+
+    def look_soon(self) -> None:
+        """What may begin has changed."""
+        for news in self._news:
+            news.set()
+
+    def _may_begin(self, item: QueuedFetch) -> bool:
+        """Whether the WAN's budget lets it begin; that it does not is noted and counted once."""
+        gate = self._dependencies.gate
+        held = gate.holds("background") and gate.is_held(self.route(item.path), background=True)
+        if held and item.detail != HELD_BACK:
+            item.detail, self.queue.changed = HELD_BACK, True
+            gate.count_held("background")
+        return not held
+
+    def _is_urgent(self, item: QueuedFetch) -> bool:
+        """Definitions in an outbreak do not wait until the link is idle."""
+        gate = self._dependencies.gate
+        return gate.outbreak and gate.frees(self.route(item.path))
 
     async def _one(self, item: QueuedFetch) -> None:
         settings = self._settings().prefetch
@@ -439,11 +463,15 @@ class Prefetcher:
         self.queue.move(item, Outcome.FETCHING, self._clock())
         item.tries += 1
         try:
-            fetched = await self._dependencies.fetch_ahead(self.route(item.path), item.key.variant)
+            urgent = {"urgent": True} if self._is_urgent(item) else {}
+            route = self.route(item.path)
+            fetched = await self._dependencies.fetch_ahead(route, item.key.variant, **urgent)
             outcome, detail = Outcome.STORED if fetched else Outcome.PRESENT, ""
         except Problem as problem:
             detail = problem.detail
-            if problem.status in (404, 410):
+            if problem.slug == BUDGET:
+                outcome, detail, item.tries = Outcome.QUEUED, HELD_BACK, item.tries - 1
+            elif problem.status in (404, 410):
                 outcome = Outcome.ABSENT
             elif item.tries < _TRIES:
                 outcome = Outcome.QUEUED

@@ -17,7 +17,17 @@ from gup.cache.purges import reserve_room
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmCollector
-from gup.control.api import archives, entries, holds, maintenance, past_revisions, statistics, status, why
+from gup.control.api import (
+    archives,
+    budget,
+    entries,
+    holds,
+    maintenance,
+    past_revisions,
+    statistics,
+    status,
+    why,
+)
 from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, problem
 from gup.control.auth import Access, AccessRequest, is_near, presented, refusal
 from gup.control.dependencies import BusyError, ControlDependencies, change
@@ -54,6 +64,7 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
         *past_revisions.ENDPOINTS,
         *maintenance.ENDPOINTS,
         *holds.ENDPOINTS,
+        *budget.ENDPOINTS,
         *why.ENDPOINTS,
         *live.ENDPOINTS,
         Endpoint("GET", "/api/v1/openapi.json", openapi),
@@ -268,6 +279,8 @@ class Control:
         )
         if self._access.tls is None:
             asyncio.get_running_loop().add_reader(dependencies.handed[0], self._receive_handed)
+        await self.state.budget.save()
+        self._jobs.every(0.5, "budget", self.state.budget.look)
         self._jobs.start("open", self._open())
         self._jobs.start("open statistics", self._open_statistics())
 
@@ -305,6 +318,7 @@ class Control:
         self.state.clients.restore(await self.state.reports.newest_clients())
         self._jobs.every(1.0, "meter", self.state.meter)
         self._jobs.every(10.0, "history", self.state.history.write)
+        await self.state.budget.seed(self.state.history)
 
     async def _open(self) -> None:
         """Open the index, then begin what depends on it."""
@@ -338,6 +352,7 @@ class Control:
             jobs.every(0.5, f"alarms to {receiver}", partial(state.notifications.send, receiver))
         jobs.every(5.0, "prefetch", state.prefetcher.look_over)
         jobs.every(1.0, "holds", state.holds.look)
+        jobs.every(0.5, "outbreak", state.outbreak.keep)
 
     def _receive_handed(self) -> None:
         """Go on with an idle connection of the controller that leaves."""
@@ -404,6 +419,8 @@ class Control:
         await self._touch()
         await state.meter()
         await state.history.write()
+        await state.budget.look()
+        await state.budget.save()
         await state.reports.write_clients()
         await state.timings.write()
         await state.database.stop()

@@ -15,6 +15,7 @@ from gup.cluster.orders import Order
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.api.schemas import Alarm, FailedFill, KeyNote, WriteRefusal
+from gup.control.budget_keeper import BudgetKeeper
 from gup.control.dependencies import BusyError, ControlDependencies, change
 from gup.control.entry_table import Stream, make_row
 from gup.control.events import (
@@ -43,6 +44,7 @@ from gup.control.hold_keeper import HoldKeeper
 from gup.control.index import Index
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.notifications import Notifications
+from gup.control.outbreak import OutbreakKeeper
 from gup.control.prefetch import Prefetcher
 from gup.control.stats.client_records import ClientWindows, Reports
 from gup.control.stats.database import StatsDatabase
@@ -186,6 +188,9 @@ class ControlState:
         self.prefetcher = Prefetcher(dependencies, self.index, clock)
         refused = partial(self.refusals.note, "holds")
         self.holds = HoldKeeper(dependencies, self.index.rows, self.prefetcher.route, clock, refused)
+        self.budget = BudgetKeeper(dependencies, clock, partial(self.refusals.note, "budget"))
+        self.outbreak = OutbreakKeeper(dependencies, clock)
+        self.outbreak.on_change = self.budget.on_change = self.prefetcher.look_soon
         self.traffic = Traffic(self.index.rows, clock)
         self.alarms: list[Alarm] = []
         """As last found by the alarm collector."""
@@ -362,6 +367,8 @@ class ControlState:
             await self.evictor.apply(Selection.of(order.what))
         if order.action == "prefetch" and self.clock() - order.at < _PREFETCH_WITHIN_SECONDS:
             self.prefetcher.take_order(order.what.get("wanted"))
+        if order.action in ("outbreak", "outbreak-end"):
+            await self.outbreak.keep()
         if order.action not in ("pin", "unpin"):
             return
         key, pinned = ContentKey.parse(str(order.what.get("key"))), order.action == "pin"

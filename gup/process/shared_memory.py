@@ -70,6 +70,10 @@ MOST_UPSTREAMS = 16
 WAN_CLOCK = UPSTREAM_HEALTH + MOST_UPSTREAMS
 """CLOCK_WORDS of gup.upstream.bandwidth."""
 FILL_HELD = WAN_CLOCK + 3  # one word per group of fill slots: see gup.cache.scheduler
+BUDGET_STATE = 56  # what the WAN's budget is now: see gup.cache.budget_gate
+BUDGET_BASE = 57  # add to `SharedFile.received` to have what of it is used, modulo 2**64
+BUDGET_OPENS_AT = 58  # Unix seconds at which what is held back may be had; 0: not known
+OUTBREAK_UNTIL = 59  # Unix seconds at which the outbreak ends; 0: there is none
 MEMORY = 64  # the table of memory files: see gup.cache.memory_files
 MEMORY_ROWS = 64
 MEMORY_WORDS = 1 + 10 * MEMORY_ROWS
@@ -264,6 +268,16 @@ class SharedFile:
         """A function that sums one series over the processes of this run, cheap enough for each request."""
         position, blocks = self._positions[series(name, labels)], tuple(self._blocks)
         return lambda: sum([block[position] for block in blocks])
+
+    def received(self) -> Callable[[], int]:
+        """A function that sums the bytes from upstreams since `installed_at`, cheap enough for each miss."""
+        name = "gup_upstream_received_bytes_total"
+        at = [position for series, position in self._positions.items() if series.partition("{")[0] == name]
+        rest = sum(n for series, n in self._about.leftover.items() if series.partition("{")[0] == name)
+        past = self._copies[self._root[0] >> _PAST_COPY_BIT & 1]
+        rest += sum(past[position] for position in at)
+        blocks = tuple(self._blocks)
+        return lambda: rest + sum([block[position] for block in blocks for position in at])
 
     def totals(self) -> dict[str, int]:
         """Every series since `installed_at`, including those of upstreams that are no longer configured.

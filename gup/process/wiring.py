@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from gup import __version__, log
+from gup.cache.budget_gate import BudgetGate
 from gup.cache.cache import Cache
 from gup.cache.disk import ShortJobs, Space
 from gup.cache.fair_shares import ClientCounts
@@ -103,6 +104,13 @@ class ChildProcess(ABC):
                 names, words, layout.UPSTREAM_HEALTH, layout.MOST_UPSTREAMS, page.locked, tell_health
             ),
         )
+        self.budget = BudgetGate(
+            words[layout.BUDGET_STATE : layout.OUTBREAK_UNTIL + 1],
+            lambda: self.settings.wan.budget,
+            shared.received(),
+            self.counters,
+            time.time,
+        )
         self.purges = Purges(self.store.run, lambda: words[layout.PURGES], lambda: self.engine_ms() / 1000)
         self.dependencies = FillDependencies(
             store=self.store,
@@ -141,6 +149,7 @@ class ChildProcess(ABC):
             store_epoch=lambda: words[layout.STORE_EPOCH],
             wall_clock=time.time,
             clock=time.monotonic,
+            budget=self.budget,
         )
         self.cache = Cache(
             self.dependencies,
@@ -214,12 +223,18 @@ class ChildProcess(ABC):
         self._paid[share_class(priority)][self.block] += amount_bytes
 
     def site_rate(self) -> int:
-        """The rate of all of the site's fills now; the schedule is evaluated twice a second."""
+        """The rate of all of the site's fills now; the schedule is evaluated twice a second.
+
+        During an outbreak its lower rates do not apply.
+        """
         if not self.settings.wan.schedule:
             return self.settings.wan.rate
         now = time.monotonic()
         if now >= self._rate_until:
             self._rate = rate_at(self.settings.wan, site_time(self.settings, time.time()))
+            if self.budget.outbreak:
+                rates = self._rate, self.settings.wan.rate
+                self._rate = max(rates) if all(rates) else 0
             self._rate_until = now + _RATE_SECONDS
         return self._rate
 

@@ -312,17 +312,17 @@ def rate_at(wan: config.Wan, local: datetime) -> int:
     The first matching row decides, else `wan.rate`. Also on the day that clocks change, 08:00 is when the
     site's clocks show it.
     """
+    return next((row.rate for row in wan.schedule if is_within(row, local)), wan.rate)
+
+
+def is_within(hours: config.WanHours, local: datetime) -> bool:
+    """Whether the site's clocks show one of these hours; `to` is the first minute after them."""
     minute = f"{local.hour:02}:{local.minute:02}"
     today, yesterday = _DAYS[local.weekday()], _DAYS[local.weekday() - 1]
-    for row in wan.schedule:
-        begun, not_over = row.from_ <= minute, minute < row.to
-        if row.from_ < row.to:
-            matches = today in row.days and begun and not_over
-        else:  # over midnight
-            matches = (today in row.days and begun) or (yesterday in row.days and not_over)
-        if matches:
-            return row.rate
-    return wan.rate
+    begun, not_over = hours.from_ <= minute, minute < hours.to
+    if hours.from_ < hours.to:
+        return today in hours.days and begun and not_over
+    return (today in hours.days and begun) or (yesterday in hours.days and not_over)  # over midnight
 
 
 def site_time(settings: config.Settings, unix_seconds: float) -> datetime:

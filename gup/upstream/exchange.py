@@ -235,7 +235,7 @@ def _given_model() -> TypeAdapter[GivenHead]:
     return TypeAdapter(GivenHead)
 
 
-PASSED_ON = frozenset({"upstream-not-found", "upstream-gone", "queue-full"})
+PASSED_ON = frozenset({"upstream-not-found", "upstream-gone", "queue-full", "wan-budget"})
 """The problems of a member that are the asking node's too; of others it may be free."""
 
 

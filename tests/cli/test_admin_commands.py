@@ -8,7 +8,7 @@ from harness.commands import run
 from harness.upstreams import RawUpstream, ok
 
 from gup.cli.admin_client import Admin, AdminError, admin_url
-from gup.cli.admin_commands import cluster_line, hold_line, status_lines
+from gup.cli.admin_commands import budget_lines, cluster_line, hold_line, status_lines
 from gup.config import Settings
 
 # --- a running service
@@ -54,6 +54,8 @@ STATUS = {
     "cluster": None,
     "holds": [],
     "canary": [],
+    "budget": None,
+    "outbreak": None,
     "reload": {"successful": False},
     "alarms": [
         {"name": "no-upstream", "severity": "critical", "text": "no upstream answers \x1b[2J"}
@@ -203,6 +205,8 @@ def test_an_unlimited_wan_and_a_quiet_service():
         "ready": False,
         "reload": {"successful": True},
         "alarms": [],
+        "budget": None,
+        "outbreak": None,
         "clients": {"connections": 0, "seen": {"1h": 0}, "latest": []},
     }
     lines = list(status_lines(quiet))
@@ -210,6 +214,41 @@ def test_an_unlimited_wan_and_a_quiet_service():
     assert "WAN: unlimited" in lines
     assert "not ready" in lines[0]
     assert not any("FAILED" in line for line in lines)
+
+
+def test_a_budget_in_words():
+    outbreak = {"until": 4600.0, "left_seconds": 3600.0, "by": "ann", "reason": "worm \x1b[2J"}
+    saying = "31.2 GB of 50.0 GB used this month (62%); it runs out on the 23rd"
+    lines = list(status_lines(STATUS | {"budget": {"saying": saying}, "outbreak": outbreak}))
+    line = next(line for line in lines if line.startswith("OUTBREAK"))
+    assert "1 h left, by ann: worm \N{REPLACEMENT CHARACTER}[2J" in line
+    assert f"WAN budget: {saying}" in lines
+    kinds = {"full": 2_000_000, "delta": 1000, "index": 0, "other": 0}
+    held = {"background": 2, "full": 1, "delta": 0}
+    told = {
+        "saying": "3.0 MB this month",
+        "period_began_at": 0.0,
+        "period_ends_at": 86400.0,
+        "left_bytes": 1_000_000,
+        "by_kind": kinds,
+        "background_bytes": 500,
+        "cheap_bytes": 7000,
+        "cheap_now": True,
+        "forecast": {"basis": "days", "days": 3, "expected_bytes": 9_000_000},
+        "held_back_total": held,
+        "held_back": ["background"],
+    }
+    text = "\n".join(budget_lines(told))
+    for words in (
+        "1.0 MB left",
+        "2.0 MB full, 1.0 kB delta, 0 B index, 0 B other; 500 B of them prefetched",
+        "not counted: 7.0 kB, now",
+        "forecast: 9.0 MB at the period's end, judged by 3 days",
+        "2 background, 1 full, 0 delta; now: background",
+    ):
+        assert words in text
+    early = told | {"forecast": {"basis": "none"}, "left_bytes": None, "cheap_bytes": 0, "cheap_now": False}
+    assert "too early to tell" in "\n".join(budget_lines(early | {"held_back": []}))
 
 
 def test_the_control_plane_is_found_by_the_settings(plane, tmp_path, monkeypatch):

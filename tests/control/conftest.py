@@ -17,6 +17,7 @@ import pytest
 from blockbuster import blockbuster_ctx
 from harness.private import private_counters
 
+from gup.cache.budget_gate import BudgetGate
 from gup.cache.locks import Claims
 from gup.cache.purges import Purges
 from gup.cache.records import ChunkSums, FillState, Head, Phase, Record
@@ -174,6 +175,7 @@ class World:
         )
 
     def dependencies(self, admin: socket.socket | None = None) -> ControlDependencies:
+        self.gate = BudgetGate.of(lambda: self.settings.wan.budget, self.counters, lambda: self.now)
         return ControlDependencies(
             settings=lambda: self.settings,
             store=self.store,
@@ -207,6 +209,7 @@ class World:
             drop_memory=lambda _key: 0,
             places=lambda _stream: (),
             link_idle=lambda: True,
+            gate=self.gate,
             fills_waiting=lambda: 0,
             catalogues=dict,
             catalogue_rows=Catalogues,

@@ -18,6 +18,8 @@ WELL = {
     "size": 990,
     "free": 100,
     "gained": {},
+    "budget": (),
+    "outbreak_until": None,
     "refusals": {},
     "unstored": None,
     "storms": (),
@@ -48,10 +50,12 @@ class Collector(AlarmCollector):
             config_ok=lambda: known.config_ok,
             cluster=SimpleNamespace(findings=lambda: known.cluster),
         )
+        outbreak = SimpleNamespace(by="ann", reason="worm") if known.outbreak_until else None
         settings = SimpleNamespace(
             upstream=[SimpleNamespace(name=name) for name in known.upstreams],
             cache=SimpleNamespace(max_size=1000, min_free=100),
             reports=SimpleNamespace(addresses=known.addresses),
+            site=SimpleNamespace(time_zone="UTC"),
         )
         state = SimpleNamespace(
             dependencies=dependencies,
@@ -75,6 +79,8 @@ class Collector(AlarmCollector):
                 newest=lambda _n: [("c", known.last_seen)], counts=lambda _now: {"7d": 5}
             ),
             malformed_events=0,
+            budget=SimpleNamespace(findings=lambda: known.budget),
+            outbreak=SimpleNamespace(now=outbreak, until=known.outbreak_until),
             notifications=SimpleNamespace(problems=lambda: known.unsent),
         )
         super().__init__(state)
@@ -140,6 +146,14 @@ SICK: list[tuple[str, dict, str, str]] = [
     ("unsure-end", {"failures": ((UNSURE, NOW - 601, "old"), (UNSURE, NOW, "a sent 5 bytes"))}, "",
      "a sent 5 bytes"),
     *((name, {"cluster": [(name, "b", "something")]}, "b", "something") for name in OF_A_CLUSTER),
+    ("budget-held", {"budget": [("budget-held", "", "all is used")]}, "", "all is used"),
+    ("budget-short", {"budget": [("budget-short", "", "too fast")]}, "", "too fast"),
+    (
+        "outbreak",
+        {"outbreak_until": 1_785_574_800.0},
+        "",
+        "an outbreak opens the WAN for definitions until 2026-08-01 09:00, by ann: worm",
+    ),
     ("wan-full", {"wan_used": 96}, "", "the WAN is full (100 B/s), and 3 fills wait"),
     ("clients-silent", {"last_seen": NOW - 90_000}, "",
      "no client has sent a request for 1 d 1 h; 5 did within the last week"),

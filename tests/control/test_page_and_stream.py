@@ -108,7 +108,7 @@ def member(name, **changes):
 
 
 def fragments(cluster):
-    view = {"status": SimpleNamespace(cluster=cluster), "now": 1.0, "zone": None}
+    view = {"status": SimpleNamespace(cluster=cluster, budget=None), "now": 1.0, "zone": None}
     return Renderer().fragments(view, ["site"])
 
 

@@ -266,6 +266,7 @@ class Site:
             settings=lambda: self.settings,
             fetch_ahead=self.fetch,
             link_idle=lambda: self.idle,
+            gate=SimpleNamespace(holds=lambda _class: False, outbreak=False),
             label_of=lambda _stream, _file: Label("", "", "", self.type) if self.type else None,
             places=self.places,
         )

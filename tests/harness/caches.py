@@ -15,6 +15,7 @@ from harness.internals import (
     FAILURE_WORDS,
     ROW_WORDS,
     Body,
+    BudgetGate,
     Cache,
     Claims,
     ClientCounts,
@@ -197,6 +198,7 @@ async def working(
         store_epoch=lambda: len(epochs),
         wall_clock=time.time,
         clock=time.monotonic,
+        budget=BudgetGate.of(lambda: settings.wan.budget, counters, time.time),
     )
     cache = Cache(
         dependencies,

@@ -4,6 +4,7 @@ Tests beside their subject (tests/cache, tests/control, and so on) import it dir
 """
 
 from gup.cache.body import CUT, Body
+from gup.cache.budget_gate import BudgetGate
 from gup.cache.cache import Cache, Opened
 from gup.cache.disk import ShortJobs, Space
 from gup.cache.fair_shares import ClientCounts

