@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import aiohttp
 import pytest
@@ -33,6 +34,7 @@ from gup.control.service import Control
 from gup.errors import Problem
 from gup.metrics import Counters, layout
 
+ZoneInfo("UTC")  # in memory from now on: the control plane is made before its loop runs, and may read it
 MONIKER = "{535CB6A4-441F-4E8A-A897-804CD859100E}"
 
 
