@@ -183,7 +183,9 @@ class ControlState:
         self.prefetcher = Prefetcher(dependencies, self.index, clock)
         self.holds = HoldKeeper(dependencies, self.index.rows, self.prefetcher.route)
         self.budget = BudgetKeeper(dependencies, clock, partial(self.refusals.note, "budget"))
-        self.outbreak = OutbreakKeeper(dependencies, clock)
+        if dependencies.cluster is not None:
+            dependencies.cluster.budget = self.budget
+        self.outbreak = OutbreakKeeper(dependencies, clock, partial(self.refusals.note, "outbreak"))
         self.outbreak.on_change = self.budget.on_change = self.prefetcher.look_soon
         self.traffic = Traffic(self.index.rows, clock)
         self.alarms: list[Alarm] = []
