@@ -5,7 +5,7 @@ A call that takes longer than 0.2 s has failed, and is not repeated: the next be
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
@@ -69,6 +69,24 @@ class Engine:
             return _parse(answer)
         except (TypeError, ValueError, IndexError) as error:
             raise EngineError(f"its answer can't be read: {error}") from error
+
+    async def budget(self, sealed: Mapping[str, str]) -> dict[str, str]:
+        """Put rows of the WAN's budget by the ids of nodes; all that the engine has then. EngineError."""
+        key = self._prefix + "budget"
+
+        async def exchange() -> dict[str, str]:
+            async with self._client.pipeline(transaction=False) as pipe:
+                if sealed:
+                    pipe.hset(key, mapping=cast("Any", sealed))
+                pipe.hgetall(key)
+                found = (await pipe.execute())[-1]
+            return {str(id_): str(text) for id_, text in found.items()}
+
+        return cast("dict[str, str]", await self._call(exchange()))
+
+    async def drop_budget(self, ids: Sequence[str]) -> None:
+        """Remove rows; EngineError."""
+        await self._call(cast("Any", self._client.hdel(self._prefix + "budget", *ids)))
 
     async def orders(self) -> list[tuple[str, str]]:
         """All orders that the engine has, by the ids of their entries, sealed; EngineError."""

@@ -1,9 +1,11 @@
 """The WAN's budget in the control plane: reads the counters, tells the workers, and says how it stands."""
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import date
+from functools import partial
 from typing import Literal
 
 from gup.cache.budget_gate import CHEAP, COUNTING
@@ -12,6 +14,7 @@ from gup.control.dependencies import ControlDependencies
 from gup.control.stats.history import Recorder
 from gup.control.threads import to_its_end
 from gup.control.wan_budget import (
+    MOST_NODES,
     SAVE_SECONDS,
     BudgetLedger,
     Counts,
@@ -49,7 +52,7 @@ class BudgetKeeper:
     ) -> None:
         """Blocks. `refusal` is told how each write went: the disk's error, or None."""
         self._dependencies, self._clock, self._refusal = dependencies, clock, refusal
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saving = time.monotonic(), asyncio.Lock()
         self.on_change: Callable[[], None] = lambda: None
         """Called when other classes are held back than before."""
         self._held: list[Held] = []
@@ -77,16 +80,17 @@ class BudgetKeeper:
 
     async def save(self) -> None:
         """Write the file if there is something new; what the disk refuses is tried again."""
-        if not self.ledger.changed:
-            return
-        self._saved_at, text = time.monotonic(), self.ledger.text()
-        try:
-            await to_its_end(self.ledger.save, text)
-        except OSError as error:
-            self.ledger.changed = True
-            self._refusal(error.strerror or str(error))
-        else:
-            self._refusal(None)
+        async with self._saving:
+            if not self.ledger.changed:
+                return
+            self._saved_at, text = time.monotonic(), self.ledger.text()
+            try:
+                await to_its_end(self.ledger.save, text)
+            except OSError as error:
+                self.ledger.changed = True
+                self._refusal(error.strerror or str(error))
+            else:
+                self._refusal(None)
 
     async def seed(self, history: Recorder) -> None:
         """After the first start with a version that has budgets: take the days from the savings ledger."""
@@ -121,12 +125,18 @@ class BudgetKeeper:
 
     # --- with a cluster
 
-    def told(self) -> list[tuple[str, str]]:
-        """All that this node knows, by the ids of nodes: this one's row is the first."""
-        return [(row.id, write_node(row)) for row in self.ledger.nodes()]
+    @property
+    def most(self) -> int:
+        return MOST_NODES + 1
 
-    def hear(self, texts: Iterator[str | None]) -> None:
-        self.ledger.merge(row for text in texts if (row := read_node(text)) is not None)
+    def rows(self) -> dict[str, tuple[int, Callable[[], str]]]:
+        """For gup.control.cluster."""
+        return {row.id: (row.seq, partial(write_node, row)) for row in self.ledger.nodes()}
+
+    def hear(self, texts: Iterable[str | None]) -> dict[str, int]:
+        rows = [row for text in texts if (row := read_node(text)) is not None]
+        self.ledger.merge(rows)
+        return {row.id: row.seq for row in rows}
 
     # --- how it stands
 

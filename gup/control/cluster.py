@@ -15,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gup.cluster.beat import Beat, EngineError
 from gup.cluster.member_list import ALONE, Member, Members
@@ -49,6 +49,8 @@ _CATCH_UP_SECONDS = 1.6
 _ORDERS_SECONDS = 10.0
 """Between two looks at whether the engine has all orders."""
 _MOST_ORDERS_BYTES = 64 << 20
+_BUDGET_SECONDS = 0.5
+"""Between two exchanges of what was used of the WAN's budget."""
 _NAME_TAKEN = "another node with this name belongs to the cluster"
 _ALONE_AFTER_SECONDS = 1.5
 """A controller that was started again finds the row of the one before."""
@@ -94,6 +96,20 @@ class ClusterDependencies:
     """The list of an earlier run."""
 
 
+class BudgetRows(Protocol):
+    """What a node knows of the use of the WAN's budget: a row for each node, by ids."""
+
+    def rows(self) -> Mapping[str, tuple[int, Callable[[], str]]]:
+        """Each row's number, which grows with each change, and what gives it as text."""
+
+    def hear(self, texts: Iterable[str | None]) -> Mapping[str, int]:
+        """Take others' rows; the numbers of those that can be read."""
+
+    @property
+    def most(self) -> int:
+        """How many rows are kept."""
+
+
 class ClusterControl:
     """One node's part in the cluster. `run` goes on until it is cancelled; `leave` says goodbye."""
 
@@ -130,6 +146,9 @@ class ClusterControl:
         self.forged, self._forged_at = 0, 0.0
         """Rows and orders in the engine that no member signed."""
         self.beats = 0
+        self.budget: BudgetRows | None = None
+        self._budget_told: Mapping[str, int] = {}
+        """The numbers of the rows that the engine had."""
         self.book = dependencies.book
         if self.book is not None:
             self.book.tell = self._tell_orders
@@ -150,6 +169,7 @@ class ClusterControl:
             self._watch(),
             self._keep_publishing(),
             self._keep_ordering(),
+            self._keep_budget(),
         )
         async with asyncio.TaskGroup() as group:
             for job in jobs:
@@ -439,6 +459,32 @@ class ClusterControl:
             for member, answer in zip(members, answers, strict=True)
             if not isinstance(answer, Answered) or answer.status != HTTPStatus.OK
         )
+
+    # --- the WAN's budget
+
+    async def _keep_budget(self) -> None:
+        while True:
+            if self.budget is not None:
+                try:
+                    await self._exchange_budget(self.budget)
+                except EngineError:
+                    self._budget_told = {}  # it may have lost everything
+            await asyncio.sleep(_BUDGET_SECONDS)
+
+    async def _exchange_budget(self, budget: BudgetRows) -> None:
+        """Tell what is news, and what the engine has lost; take what others have told.
+
+        A row that two nodes put at once may become older for a moment: its node puts it again.
+        """
+        signer, told = self._deps.signer(), self._budget_told
+        news = {id_: text() for id_, (seq, text) in budget.rows().items() if told.get(id_, -1) < seq}
+        found = await self._engine.budget(
+            {id_: signer.seal(f"budget of {id_}", text) for id_, text in news.items()}
+        )
+        texts = (signer.unseal(f"budget of {id_}", sealed) for id_, sealed in found.items())
+        self._budget_told = budget.hear(texts)
+        if len(found) > 2 * budget.most:
+            await self._engine.drop_budget([id_ for id_ in found if id_ not in budget.rows()])
 
     # --- what follows
 

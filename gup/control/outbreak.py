@@ -4,6 +4,7 @@ With a cluster it is an order, which the order book keeps and tells the others; 
 kept in run/outbreak too, as the only place where this gup is alone.
 """
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -70,10 +71,12 @@ class OutbreakKeeper:
         self,
         dependencies: ControlDependencies,
         clock: Callable[[], float],
+        refusal: Callable[[str | None], None] = lambda _refusal: None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Blocks."""
+        """Blocks. `refusal` is told how each write went: the disk's error, or None."""
         self._dependencies, self._clock, self._monotonic = dependencies, clock, monotonic
+        self._refusal, self._keeping = refusal, asyncio.Lock()
         self._kept = read_outbreak(dependencies.store.run)
         self.now: Outbreak | None = None
         self._over: Outbreak | None = None
@@ -96,11 +99,10 @@ class OutbreakKeeper:
     async def begin(self, seconds: float, by: str, reason: str) -> tuple[str, ...]:
         """The members that have not confirmed it in time. OSError when it can't be noted."""
         book, outbreak = self._dependencies.book, Outbreak(self._time, seconds, by, reason)
-        if book is not None:
-            missing = await book.issue("outbreak", outbreak.given())
-        else:
-            await self._keep(outbreak)
-            missing = ()
+        missing = await book.issue("outbreak", outbreak.given()) if book is not None else ()
+        async with self._keeping:
+            if book is None:
+                await self._keep(outbreak)
         await self.keep()
         return missing
 
@@ -108,7 +110,8 @@ class OutbreakKeeper:
         book, missing = self._dependencies.book, tuple[str, ...]()
         if book is not None:
             missing = await book.issue("outbreak-end", {"by": by})
-        await self._keep(None)
+        async with self._keeping:
+            await self._keep(None)
         await self.keep()
         return missing
 
@@ -149,10 +152,16 @@ class OutbreakKeeper:
             return None
 
     async def keep(self) -> None:
-        """Note on disk what holds now; OSError."""
+        """Look, and note on disk what holds now; what the disk refuses is tried again at the next look."""
         self.look()
-        if self._kept != self.now:
-            await self._keep(self.now)
+        async with self._keeping:
+            try:
+                if self._kept != self.now:
+                    await self._keep(self.now)
+            except OSError as error:
+                self._refusal(error.strerror or str(error))
+            else:
+                self._refusal(None)
 
     async def _keep(self, outbreak: Outbreak | None) -> None:
         path = self._dependencies.store.run / FILE

@@ -189,7 +189,9 @@ class ControlState:
         refused = partial(self.refusals.note, "holds")
         self.holds = HoldKeeper(dependencies, self.index.rows, self.prefetcher.route, clock, refused)
         self.budget = BudgetKeeper(dependencies, clock, partial(self.refusals.note, "budget"))
-        self.outbreak = OutbreakKeeper(dependencies, clock)
+        if dependencies.cluster is not None:
+            dependencies.cluster.budget = self.budget
+        self.outbreak = OutbreakKeeper(dependencies, clock, partial(self.refusals.note, "outbreak"))
         self.outbreak.on_change = self.budget.on_change = self.prefetcher.look_soon
         self.traffic = Traffic(self.index.rows, clock)
         self.alarms: list[Alarm] = []

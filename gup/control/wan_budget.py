@@ -176,7 +176,8 @@ Days = dict[Day, Figures]
 class NodeDays:
     """What one node counted since its file was made, which has an `id` of its own.
 
-    `seq` grows with each change, so that the later of two is known; `at` is when it was read last.
+    `seq` grows with each change by the bytes that were added, so that the later of two is known, whatever was
+    lost; `at` is when it was read last.
     """
 
     node: Annotated[str, StringConstraints(max_length=64)]
@@ -197,14 +198,26 @@ class NodeDays:
         figures = self.days.get(day, [0] * len(FIGURES))
         figures += [0] * (len(FIGURES) - len(figures))
         self.days[day] = [n + gained.get(name, 0) for name, n in zip(FIGURES, figures, strict=True)]
-        self.seq += 1
+        self.seq += sum(gained.values())
         while len(self.days) > MOST_DAYS:
             del self.days[min(self.days)]
 
     def take_back(self, today: str) -> None:
         """Add what lies in the future to today."""
         for day in [day for day in self.days if day > today]:
+            before = self.seq
             self.add(today, dict(zip(FIGURES, self.days.pop(day), strict=False)))
+            self.seq = before + 1
+
+    def less(self, days: Days) -> Iterator[tuple[str, dict[str, int]]]:
+        """What is here more than in these days."""
+        for day, figures in self.days.items():
+            before = days.get(day, [])
+            more = {
+                name: count - (before[at] if at < len(before) else 0)
+                for at, (name, count) in enumerate(zip(FIGURES, figures, strict=False))
+            }
+            yield day, {name: max(0, count) for name, count in more.items()}
 
 
 @dataclass(slots=True)
@@ -280,6 +293,8 @@ class BudgetLedger:
         self._ahead_since: float | None = None
         if stored.started_at != counts.started_at or stored.installed_at != counts.installed_at:
             self._catch_up(counts, settings)
+        self._at_start = dict(self.own.days)
+        """The days without what came since this start."""
         self.look(counts, now, settings)
 
     @property
@@ -391,7 +406,11 @@ class BudgetLedger:
             if have is not None and have.seq >= row.seq:
                 continue
             if have is self.own:
+                gained = list(self.own.less(self._at_start))
                 self.own.days, self.own.seq = dict(row.days), row.seq
+                self._at_start = dict(row.days)
+                for day, figures in gained:
+                    self.own.add(day, figures)
             else:
                 known[row.id] = row
             self.changed = True

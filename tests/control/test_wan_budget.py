@@ -410,9 +410,23 @@ def test_what_this_node_has_told_and_lost_is_taken_back(service):
     old = json.loads(file)
     old["own"]["days"], old["own"]["seq"] = {}, 0
     (service.run / FILE).write_text(json.dumps(old))  # from a backup
+    service.totals.clear()
+    service.start()
+    service.receive(5)
+    service.look()
+    service.ledger.merge([read_node(told)])
+    assert service.used() == 105
+    assert service.ledger.own.seq > read_node(told).seq
+
+
+def test_after_a_kill_nothing_of_the_last_second_is_lost_for_what_was_told_before(service):
+    service.receive(100)
+    service.look(save=False)
+    told = write_node(service.ledger.own)
+    service.receive(3)  # never told
     service.start()
     service.ledger.merge([read_node(told)])
-    assert service.used() == 100
+    assert service.used() == 103
 
 
 @pytest.mark.parametrize(
