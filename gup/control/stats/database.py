@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from gup.control.stats import doctor
+
 _log = logging.getLogger("gup.control.stats")
 _T = TypeVar("_T")
 _FORMAT = 1
@@ -142,7 +144,7 @@ class StatsDatabase:
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         elif found != _FORMAT:
             raise sqlite3.DatabaseError(f"its format is {found}, not {_FORMAT}")
-        connection.executescript(_LATER)
+        connection.executescript(_LATER + doctor.LATER)
 
     def _move_aside(self, why: str) -> None:
         """Rename the file, replacing an earlier renamed one."""
