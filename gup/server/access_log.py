@@ -28,7 +28,7 @@ _TARGET_LETTERS = 300
 # Per second and worker: parsing a head takes 10 µs, and all of it happens in one turn of the event loop.
 _MOST_HEADS, _MOST_PARTS = 1000, 2000
 _MOST_SLOW, _SLOW_ROWS = 1000, 100  # slow requests told per second, and in one event
-_MOST_UNDER_WAY = 200
+_MOST_UNDER_WAY = 50
 _MOST_REFUSED = 2000
 _TRIFLE_SECONDS = 0.001
 _MOST_FULLS = 5000  # addresses and keys reported per second; more are possible

@@ -11,6 +11,7 @@ from gup.metrics import (
     MAX_SHOWN,
     MAX_STREAMS,
     METRICS,
+    SICK_FINDINGS,
     layout,
     parse_series,
     series,
@@ -39,6 +40,7 @@ def everything(words, labels=LABELS, upstreams=UPSTREAMS):
     samples |= {
         "gup_alarm_messages_waiting": [({"to": to}, 0) for to in ("webhook", "command")],
         "gup_clients_seen": [({"window": window}, 0) for window in ("1h", "1d", "7d")],
+        "gup_clients_sick": [({"finding": name}, 0) for name in SICK_FINDINGS],
         "gup_upstream_up": [({"upstream": name}, True) for name in upstreams],
         "gup_bandwidth_limit_bytes_per_second": [({"direction": d}, 1) for d in ("upstream", "client")],
         "gup_allowed_at_once": [({"of": name}, 1) for name in limited],
