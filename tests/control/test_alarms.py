@@ -33,6 +33,8 @@ WELL = {
     "addresses": "full",
     "cluster": (),
     "unsent": (),
+    "sick": 0,
+    "clients": 100,
 }
 
 
@@ -56,6 +58,7 @@ class Collector(AlarmCollector):
             cache=SimpleNamespace(max_size=1000, min_free=100),
             reports=SimpleNamespace(addresses=known.addresses),
             site=SimpleNamespace(time_zone="UTC"),
+            alarms=SimpleNamespace(sick_share=5),
         )
         state = SimpleNamespace(
             dependencies=dependencies,
@@ -81,6 +84,11 @@ class Collector(AlarmCollector):
             malformed_events=0,
             budget=SimpleNamespace(findings=lambda: known.budget),
             outbreak=SimpleNamespace(now=outbreak, until=known.outbreak_until),
+            doctor=SimpleNamespace(
+                found=SimpleNamespace(
+                    sick=known.sick, clients=known.clients, counts={"behind": 4, "no-delta": 0, "refused": 2}
+                )
+            ),
             notifications=SimpleNamespace(problems=lambda: known.unsent),
         )
         super().__init__(state)
@@ -157,6 +165,8 @@ SICK: list[tuple[str, dict, str, str]] = [
     ("wan-full", {"wan_used": 96}, "", "the WAN is full (100 B/s), and 3 fills wait"),
     ("clients-silent", {"last_seen": NOW - 90_000}, "",
      "no client has sent a request for 1 d 1 h; 5 did within the last week"),
+    ("clients-sick", {"sick": 6}, "",
+     "something seems to be wrong with 6 of 100 clients: behind 4, refused 2"),
     ("alarms-unsent", {"unsent": [("webhook", "it answered 500")]}, "webhook", "it answered 500"),
     ("events-lost", {"gained": {"gup_events_lost_total": 4, "malformed": 5}}, "",
      "9 messages from workers were lost within 10 minutes: figures of use are too low"),
@@ -166,6 +176,7 @@ SICK: list[tuple[str, dict, str, str]] = [
 
 def test_a_service_that_is_well_has_no_alarm():
     assert found() == []
+    assert found(sick=3, clients=3) == found(sick=4, clients=1000) == found(sick=49, clients=1000) == []
     assert found(upstreams={}, unmet={}, unstored=(NOW - 601, TOO_LARGE)) == []
 
 

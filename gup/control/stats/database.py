@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from gup.control.stats import timeline
+from gup.control.stats import doctor, timeline
 
 _log = logging.getLogger("gup.control.stats")
 _T = TypeVar("_T")
@@ -144,7 +144,7 @@ class StatsDatabase:
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         elif found != _FORMAT:
             raise sqlite3.DatabaseError(f"its format is {found}, not {_FORMAT}")
-        connection.executescript(_LATER)
+        connection.executescript(_LATER + doctor.LATER)
         connection.executescript(f"BEGIN; {timeline.TABLES} COMMIT;")  # a file of an earlier version has none
 
     def _move_aside(self, why: str) -> None:
