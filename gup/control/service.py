@@ -17,7 +17,17 @@ from gup.cache.purges import reserve_room
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmCollector
-from gup.control.api import archives, entries, holds, maintenance, past_revisions, statistics, status, why
+from gup.control.api import (
+    archives,
+    entries,
+    holds,
+    maintenance,
+    past_revisions,
+    sizing,
+    statistics,
+    status,
+    why,
+)
 from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, problem
 from gup.control.auth import Access, AccessRequest, is_near, presented, refusal
 from gup.control.dependencies import BusyError, ControlDependencies, change
@@ -52,6 +62,7 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
         *archives.Archives().endpoints,
         *statistics.ENDPOINTS,
         *past_revisions.ENDPOINTS,
+        *sizing.ENDPOINTS,
         *maintenance.ENDPOINTS,
         *holds.ENDPOINTS,
         *why.ENDPOINTS,
@@ -312,6 +323,7 @@ class Control:
         with contextlib.suppress(OSError):  # a purge says so
             await asyncio.to_thread(reserve_room, self._dependencies.store.run)
         await state.index.open()
+        jobs.every(10.0, "demand", state.demand.write)
         state.scrubber.restore()
         state.prefetcher.restore()
         # Jobs that never return end only by a programming error; they are started again.
@@ -397,6 +409,7 @@ class Control:
         await self._runner.cleanup()
         await state.evictor.stop()
         await state.verification.stop()
+        await state.sizing.stop()
         await self._jobs.stop()
         await state.notifications.close()
         state.scrubber.save()
@@ -406,6 +419,7 @@ class Control:
         await state.history.write()
         await state.reports.write_clients()
         await state.timings.write()
+        await state.demand.write(everything=True)
         await state.database.stop()
         await state.index.close()
 
@@ -414,6 +428,8 @@ class Control:
         await self._access.read(settings.listen, self._dependencies.store.run)
         await self.state.notifications.apply(settings.alarms)
         self.state.evictor.look_soon()
+        if self.state.index.opened:
+            await self.state.demand.write()  # or removes it
 
     # --- jobs
 
