@@ -14,7 +14,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 import gup
-from gup.control.sizing import FACTORS
+from gup.control.size_curve import FACTORS
 from gup.control.state import OTHER, ControlState, Label, numbers
 from gup.control.traffic import newest_times
 from gup.metrics import (

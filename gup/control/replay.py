@@ -23,6 +23,8 @@ from gup.control.eviction_plan import MOST_PLANNED, DiskUsage, plan_evictions
 from gup.control.stats.demand_files import Key, Line, Op, files, read_keys, read_lines
 
 UNLIMITED_BYTES = 1 << 60
+_MOST_SECONDS = 240.0
+"""Of processor time, as far as leaving out stores can hold it."""
 _TIDY_SECONDS = 600.0
 """How often entries are looked at that are unused for too long."""
 
@@ -63,11 +65,15 @@ class SimulatedStore:
         """`bodies` are all of the record so far, by key."""
         self.bit = bit
         self.limits = limits
+        self._for_room = limits.model_copy(update={"max_unused": 0.0})  # `tidy` looks at that
         self._bodies = bodies
         self.total_bytes = 0
         self.peak_bytes = 0
         self.wan_bytes = 0
         self.fetches = 0
+        self.spent = 0
+        """Fetches, also those that are not counted: they take most of the time."""
+        self.left_out = False
         self.counts = True
         self.on_fetch: Callable[[Body, int], None] | None = None
         """Called with the body and the bytes of each fetch."""
@@ -84,6 +90,7 @@ class SimulatedStore:
     def fetch(self, body: Body, times: int, now: float) -> None:
         """Fetch and store it. What can't be stored is fetched for each of `times` requests."""
         cost = body.cost_bytes
+        self.spent += 1
         stored = body.length_bytes > 0 and self._makes_room(body.length_bytes, now)
         self._count(body, cost if stored else cost * times, 1 if stored else times)
         if stored:
@@ -164,13 +171,13 @@ class SimulatedStore:
 
     def tidy(self, now: float) -> None:
         """Evict what was not used for too long."""
-        while self._evict(now, 0) >= MOST_PLANNED:
+        while self._evict(now, 0, self.limits) >= MOST_PLANNED:
             pass
 
-    def _evict(self, now: float, need: int) -> int:
+    def _evict(self, now: float, need: int, limits: Cache | None = None) -> int:
         """How many were evicted."""
         disk = DiskUsage((), UNLIMITED_BYTES, self.total_bytes)
-        plan = plan_evictions(self, disk, self.limits, now, need=need)
+        plan = plan_evictions(self, disk, limits or self._for_room, now, need=need)
         for eviction in plan:
             self.remove(self._bodies[eviction.key])
         return len(plan)
@@ -227,6 +234,7 @@ class Replay:
     def __init__(self, limits: Sequence[Cache], since: float = 0.0) -> None:
         self.bodies: dict[str, Body] = {}
         self.stores = [SimulatedStore(1 << n, each, self.bodies) for n, each in enumerate(limits)]
+        self._bits = (1 << len(limits)) - 1
         self.since = since
         self.now = 0.0
         self.first_at = 0.0
@@ -243,9 +251,15 @@ class Replay:
         self._turn = 0
         self._tidy_at = 0.0
 
-    def run(self, folder: Path, on_line: Callable[[Line], None] | None = None) -> None:
-        """`on_line` is called after each line."""
-        for number, path in enumerate(files(folder)):
+    def run(self, folder: Path, on_line: Callable[[Line], None] | None = None, keeps: int = 0) -> None:
+        """`on_line` is called after each line.
+
+        If it would take too long, the stores that fetch most are left out, except the last `keeps`; they are
+        `left_out` then.
+        """
+        known, began = files(folder), time.process_time()
+        for number, path in enumerate(known):
+            self._hurry((time.process_time() - began) * len(known) / max(1, number), keeps)
             starts, first = read_keys(path), True
             for start, line in read_lines(path):
                 keys = starts[start] if start < len(starts) else {}
@@ -254,6 +268,18 @@ class Replay:
                     if on_line is not None:
                         on_line(line)
                 first = False
+
+    def _hurry(self, seconds: float, keeps: int) -> None:
+        """`seconds` is the time that all will take, by the part that is done."""
+        most = sorted(self.stores[: len(self.stores) - keeps], key=lambda store: store.spent)
+        while seconds > _MOST_SECONDS and most:
+            store = most.pop()
+            store.left_out = True
+            self.stores.remove(store)
+            self._bits &= ~store.bit
+            for body in self.bodies.values():
+                body.absent &= ~store.bit
+            seconds *= 1 - store.spent / max(1, store.spent + sum(one.spent for one in self.stores))
 
     def _take(self, line: Line, keys: Mapping[int, Key]) -> None:
         self.now = now = max(self.now, line.at)
@@ -276,7 +302,7 @@ class Replay:
     def _body(self, key: Key) -> Body:
         body = self.bodies.get(key.text)
         if body is None:
-            body = self.bodies[key.text] = Body(key, (1 << len(self.stores)) - 1)
+            body = self.bodies[key.text] = Body(key, self._bits)
         elif not body.length_bytes and key.length_bytes > 0:  # known by now; no store has it
             body.length_bytes = key.length_bytes
             body.cost_bytes = 0 if key.local else key.length_bytes
@@ -338,16 +364,17 @@ def with_size(limits: Cache, size_bytes: int) -> Cache:
     return limits.model_copy(update={"max_size": size_bytes})
 
 
-def sizing(folder: Path, limits: Cache, sizes: Sequence[int], since: float) -> dict[str, Any]:
+def sizing(folder: Path, limits: Cache, sizes: Sequence[int], since: float, keeps: int = 0) -> dict[str, Any]:
     """What stores of these sizes would have fetched, the last one without a limit; as JSON."""
     replay = Replay([with_size(limits, size) for size in (*sizes, UNLIMITED_BYTES)], since)
-    replay.run(folder)
+    stores = list(replay.stores)
+    replay.run(folder, keeps=keeps + 1)
     names = ("first_at", "requests", "requested_bytes", "unknown", "failed", "sent_bytes", "received_bytes")
-    stores = [
-        {"wan_bytes": store.wan_bytes, "fetches": store.fetches, "peak_bytes": store.peak_bytes}
-        for store in replay.stores
+    shown = [
+        {name: getattr(store, name) for name in ("wan_bytes", "fetches", "peak_bytes", "left_out")}
+        for store in stores
     ]
-    return {name: getattr(replay, name) for name in names} | {"until": replay.now, "stores": stores}
+    return {name: getattr(replay, name) for name in names} | {"until": replay.now, "stores": shown}
 
 
 def main() -> None:
@@ -355,7 +382,7 @@ def main() -> None:
     os.nice(19)
     asked = json.load(sys.stdin)
     limits, began = Cache.model_construct(**asked["limits"]), time.process_time()
-    found = sizing(Path(asked["folder"]), limits, asked["sizes"], asked["since"])
+    found = sizing(Path(asked["folder"]), limits, asked["sizes"], asked["since"], asked["keeps"])
     json.dump(found | {"seconds": round(time.process_time() - began, 3)}, sys.stdout)
 
 

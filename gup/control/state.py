@@ -44,7 +44,7 @@ from gup.control.index import Index
 from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.notifications import Notifications
 from gup.control.prefetch import Prefetcher
-from gup.control.sizing import Sizing
+from gup.control.size_curve import Sizing
 from gup.control.stats.client_records import ClientWindows, Reports
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.demand import DemandRecord

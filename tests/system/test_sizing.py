@@ -70,7 +70,14 @@ def test_api_command_and_metrics(tmp_path):
     with contextlib.ExitStack() as stack:
         gup, upstream = serve_sized(stack, tmp_path / "a", MB)
         assert gup.api("/api/v1/sizing")[1]["saying"] == ["Nothing was requested yet."]
-        for wrong in ("sizes=much", "sizes=1kB", "sizes=" + ",".join(["1MB"] * 13), "days=0", "size=1GB"):
+        for wrong in (
+            "sizes=much",
+            "sizes=-1MB",
+            "sizes=1MB,",
+            "sizes=" + ",".join(["1MB"] * 13),
+            "days=0",
+            "size=1GB",
+        ):
             assert gup.api(f"/api/v1/sizing?{wrong}")[0] == 400, wrong
         drive(gup, upstream, fulls * 3)
         answer = counted(gup, 24)

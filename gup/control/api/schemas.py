@@ -852,5 +852,6 @@ class Sizing(Response):
     failed_fetches: int = Field(description="Fetches that no upstream could answer.")
     sent_bytes: int = Field(description="What was really sent to clients in this time.")
     received_bytes: int = Field(description="What really crossed the WAN in this time.")
+    left_out_bytes: int | None = Field(description="Sizes up to this one took too long to replay.")
     points: list[SizingPoint] = Field(description="By size.")
     saying: list[str] = Field(description="In words.")

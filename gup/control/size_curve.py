@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from gup.control.api import schemas
@@ -17,7 +18,7 @@ from gup.control.stats.demand import MOST_BYTES, DemandRecord
 from gup.errors import GupError
 from gup.units import bytes_in_words, time_in_words
 
-_log = logging.getLogger("gup.control.sizing")
+_log = logging.getLogger("gup.control.size_curve")
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
 """Sizes of the curve, as multiples of the present one."""
 DAYS = 30
@@ -114,7 +115,8 @@ class Sizing:
         since = self._clock() - days * _DAY_SECONDS
         names = {"max_size", "keep_revisions", "max_unused", "min_free", "max_part_age"}
         own = limits.model_dump(mode="json", include=names)
-        found = await self.replay({"limits": own, "sizes": wanted, "since": since})
+        keeps = sum(size >= present for size in wanted)
+        found = await self.replay({"limits": own, "sizes": wanted, "since": since, "keeps": keeps})
         answer = _answer(found, wanted, present, disk, self._demand, self._clock())
         self._kept = asked, time.monotonic() + _REST_FACTOR * found["seconds"], answer
         if not sizes:
@@ -152,11 +154,12 @@ def _answer(
     now: float,
 ) -> schemas.Sizing:
     *stores, unlimited = found["stores"]
-    rows = list(zip(sizes, stores, strict=True))
+    rows = [row for row in zip(sizes, stores, strict=True) if not row[1]["left_out"]]
+    left_out = [size for size, store in zip(sizes, stores, strict=True) if store["left_out"]]
     own = next(store for size, store in rows if size == present)
     everything = unlimited["peak_bytes"]
-    if everything > max(sizes):
-        rows.append((everything, unlimited))
+    if everything > present and everything not in sizes:
+        rows = sorted([*rows, (everything, unlimited)], key=itemgetter(0))
     points = [
         schemas.SizingPoint(
             size_bytes=size,
@@ -179,13 +182,14 @@ def _answer(
         present_bytes=present,
         room_bytes=max(0, disk.size_bytes + disk.free_bytes),
         everything_bytes=everything,
-        enough_bytes=min(enough, everything) if enough is not None else None,
+        enough_bytes=enough,
         requests=found["requests"],
         requested_bytes=found["requested_bytes"],
         unknown_requests=found["unknown"],
         failed_fetches=found["failed"],
         sent_bytes=found["sent_bytes"],
         received_bytes=found["received_bytes"],
+        left_out_bytes=max(left_out, default=None),
         points=points,
         saying=[],
     )
@@ -199,32 +203,35 @@ def _saying(found: schemas.Sizing) -> list[str]:
     if not found.requests:
         return ["Nothing was requested yet."]
     covered = found.until - found.since
-    when = f"in the last {time_in_words(covered)}"
-    own = next(point for point in found.points if point.size_bytes == found.present_bytes)
-    most = max(found.points, key=lambda point: point.saved_more_bytes)
-    said = []
+    said = _larger(found, f"in the last {time_in_words(covered)}")
     size = bytes_in_words
-    if most.saved_more_bytes <= _LITTLE * own.wan_bytes:
-        said.append(
-            f"A larger store would have saved nothing more {when}: all that was asked for takes "
-            f"{size(found.everything_bytes)}, and the store may have {size(found.present_bytes)}."
-        )
-        if found.enough_bytes is not None and found.enough_bytes < found.present_bytes:
-            said.append(f"{size(found.enough_bytes)} would have been enough.")
-    else:
-        knee = next((point for point in found.points if point.size_bytes == found.enough_bytes), most)
-        said.append(f"{size(knee.size_bytes)} would have saved {size(knee.saved_more_bytes)} more {when}.")
-        half = next(
-            point for point in found.points if 2 * point.saved_more_bytes >= knee.saved_more_bytes > 0
-        )
-        if half.size_bytes < knee.size_bytes:
-            said.append(f"{size(half.size_bytes)} would have saved {size(half.saved_more_bytes)} more of it.")
-        if found.enough_bytes is not None:
-            said.append(f"Beyond {size(found.enough_bytes)} hardly anything more is saved.")
-        if knee.size_bytes > found.room_bytes:
-            said.append(f"The disk has room for {size(found.room_bytes)} in all.")
+    if found.left_out_bytes is not None:
+        said.append(f"Sizes up to {size(found.left_out_bytes)} are left out: the replay would take too long.")
     if covered < _SHORT_SECONDS:
         said.append(f"Only {time_in_words(covered)} are recorded yet: a month would say more.")
     if found.unknown_requests:
         said.append(f"The size is not known of the bodies of {found.unknown_requests:,} requests.")
+    return said
+
+
+def _larger(found: schemas.Sizing, when: str) -> list[str]:
+    own = next(point for point in found.points if point.size_bytes == found.present_bytes)
+    most = max(found.points, key=lambda point: point.saved_more_bytes)
+    size, enough = bytes_in_words, found.enough_bytes
+    if most.saved_more_bytes <= _LITTLE * own.wan_bytes:
+        takes = f"all that was asked for takes {size(found.everything_bytes)}"
+        may = f"the store may have {size(found.present_bytes)}"
+        said = [f"A larger store would have saved nothing more {when}: {takes}, and {may}."]
+        if enough is not None and enough < found.present_bytes:
+            said.append(f"{size(enough)} would have been enough.")
+        return said
+    knee = next((point for point in found.points if point.size_bytes == enough), most)
+    half = next(point for point in found.points if 2 * point.saved_more_bytes >= knee.saved_more_bytes > 0)
+    said = [f"{size(knee.size_bytes)} would have saved {size(knee.saved_more_bytes)} more {when}."]
+    if half.size_bytes < knee.size_bytes:
+        said.append(f"{size(half.size_bytes)} alone would have saved {size(half.saved_more_bytes)} of it.")
+    if enough is not None:
+        said.append(f"Beyond {size(enough)} hardly anything more is saved.")
+    if knee.size_bytes > found.room_bytes:
+        said.append(f"The disk has room for {size(found.room_bytes)} in all.")
     return said
