@@ -216,7 +216,7 @@
     draw("sizing", {
       cursor: { y: false, drag: { x: false, y: false } },
       scales: { x: { time: false, distr: 3 }, y: upwards },
-      padding: [6, 12, 0, 0],
+      padding: [6, 28, 0, 0],
       axes: [{ ...x, values: (_, at) => at.map((value) => (value === null || !/^[125]0*$/.test(String(value)) ? "" : size(value).replace(".0 ", " "))) }, y],
       series: [
         { label: "Size", value: shown("") },
