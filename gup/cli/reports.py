@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlencode
 from zoneinfo import ZoneInfo
 
@@ -107,8 +107,8 @@ def sizing(
     json_output: JsonFlag = False,
 ) -> None:
     """What stores of other sizes would have saved, by a replay of the recorded demand."""
-    sizes = {"sizes": ",".join(size)} if size else {}
-    _report("sizing", where, csv_output, json_output, _show_sizing, _REPLAY_SECONDS, days=days, **sizes)
+    asked: dict[str, Any] = {"days": days, **({"sizes": ",".join(size)} if size else {})}
+    _report("sizing", where, csv_output, json_output, _show_sizing, _REPLAY_SECONDS, **asked)
 
 
 def _report(

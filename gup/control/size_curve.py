@@ -222,9 +222,8 @@ def _larger(found: schemas.Sizing, when: str) -> list[str]:
         takes = f"all that was asked for takes {size(found.everything_bytes)}"
         may = f"the store may have {size(found.present_bytes)}"
         if found.everything_bytes > found.present_bytes:
-            return [
-                f"A larger store would have saved hardly anything more {when}: {takes}, and what is evicted is hardly asked for again."
-            ]
+            again = "what is evicted is hardly asked for again"
+            return [f"A larger store would have saved hardly anything more {when}: {takes}, and {again}."]
         said = [f"A larger store would have saved nothing more {when}: {takes}, and {may}."]
         if enough is not None and enough < found.present_bytes:
             said.append(f"{size(enough)} would have been enough.")

@@ -25,6 +25,7 @@ def said(wan, everything=100, *, days=30, room=200, left_out=(), **found):
 
 
 NOTHING = "A larger store would have saved nothing more in the last"
+HARDLY = "A larger store would have saved hardly anything more in the last 30 d: all that was asked for"
 CASES = {
     "a larger one saves": (
         {"wan": [90, 80, 60, 29, 29, 29]},
@@ -55,6 +56,10 @@ CASES = {
             f"{NOTHING} 30 d: all that was asked for takes 9.0 GB, and the store may have 20.0 GB.",
             "10.0 GB would have been enough.",
         ],
+    ),
+    "nobody asks again for what went": (
+        {"wan": [30, 29, 29, 29, 29, 29], "everything": 50},
+        [f"{HARDLY} takes 50.0 GB, and what is evicted is hardly asked for again."],
     ),
     "it grows to the end": (
         {"wan": [90, 80, 60, 50, 40, 9], "everything": 300},
