@@ -118,6 +118,7 @@ def _report(
     json_output: bool,
     show: Callable[[Row], None],
     patience_seconds: float = 10.0,
+    /,
     **parameters: object,
 ) -> None:
     if csv_output and json_output:
