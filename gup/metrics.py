@@ -112,6 +112,7 @@ _UP_HELP = "Whether content is requested from the upstream; 0 while it is down."
 _AGE_HELP = "Clients active within 7 days, by age of the revision that they took or stated."
 _RULES_HELP = "Requests that a rule refused or would refuse."
 _LIMIT_HELP = "Limit in force, in a cluster an equal part of the site's; absent when unlimited."
+_SIZING_HELP = "What had crossed the WAN in 30 days with a store of so many times its size."
 _STORM_HELP = "Whether clients ask for fulls where deltas exist."
 
 METRICS: tuple[Metric, ...] = (
@@ -170,6 +171,8 @@ METRICS: tuple[Metric, ...] = (
     _gauge("gup_build_info", "Version of gup and of Python.", ("version", ()), ("python", ())),
     _gauge("gup_cluster_members", "Members of the cluster, this one among them; absent when it is alone."),
     _gauge("gup_site_info", "Name of the site.", ("site", ())),
+    _gauge("gup_sizing_wan_bytes", _SIZING_HELP, ("factor", ())),
+    _gauge("gup_demand_record_bytes", "Size of the record of demand on disk."),
 )
 
 STREAM_WASTED = Metric(

@@ -103,6 +103,8 @@ class Leader:
         self._next_look = 0.0
         self._began_at = dependencies.clock()
         self._times, self._has_told = fill.times, False
+        self._length: int | None = None
+        """The body's, once upstream has said it."""
         error_ttl = dependencies.settings.cache.error_ttl
         tell, key = dependencies.tell, fill.key.text  # not a method: that would be a cycle that holds files
 
@@ -200,6 +202,7 @@ class Leader:
                     return await self._end_without_body(remote)
                 self._count_in_progress(1)
                 self._times.enter("disk")
+                self._length = remote.length
                 await self._room.reserve(remote.length if remote.length is not None else STEP_BYTES)
                 head = self._head_of(remote)
                 body = self._begin_generation(head)
@@ -893,7 +896,8 @@ class Leader:
                 await self._in_thread(give_up, deps.store, state)
         if not reported:
             self._log_end("unstorable", detail=why)
-            deps.tell({"type": "unstorable", "key": self._key.text, "detail": why, "disk": disk})
+            event = {"type": "unstorable", "key": self._key.text, "detail": why, "disk": disk}
+            deps.tell({**event, "length": self._length})
 
     async def _store_memory(self) -> None:
         """Retry storing a body that is complete in memory, without asking an upstream."""

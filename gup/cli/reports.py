@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlencode
 from zoneinfo import ZoneInfo
 
@@ -31,6 +31,7 @@ report = typer.Typer(
 
 CsvFlag = Annotated[bool, typer.Option("--csv", help="Print CSV, times in UTC.")]
 _DAY_SECONDS = 86400
+_REPLAY_SECONDS = 660.0
 _SHOWN = 20
 """Clients in a table; --json and --csv have more."""
 
@@ -104,12 +105,32 @@ def timeline(
     _report("timeline", where, csv_output, json_output, _show_timeline, **asked)
 
 
+@report.command()
+@with_connection_flags
+def sizing(
+    *,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZE", help="A size to compare, such as 40GB; may be repeated."),
+    ] = None,
+    days: Annotated[int, typer.Option(min=1, max=3660, metavar="N", help="Number of days.")] = 30,
+    where: Where,
+    csv_output: CsvFlag = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """What stores of other sizes would have saved, by a replay of the recorded demand."""
+    asked: dict[str, Any] = {"days": days, **({"sizes": ",".join(size)} if size else {})}
+    _report("sizing", where, csv_output, json_output, _show_sizing, _REPLAY_SECONDS, **asked)
+
+
 def _report(
     name: str,
     where: Where,
     csv_output: bool,
     json_output: bool,
     show: Callable[[Row], None],
+    patience_seconds: float = 10.0,
+    /,
     **parameters: object,
 ) -> None:
     if csv_output and json_output:
@@ -118,12 +139,12 @@ def _report(
     resource = f"report/{name}?" + urlencode(parameters | {"format": "csv" if csv_output else "json"})
     with asking(where) as admin:
         if csv_output:
-            for piece in admin.pieces("GET", resource):
+            for piece in admin.pieces("GET", resource, patience_seconds=patience_seconds):
                 typer.echo(piece, nl=False)
         elif json_output:
-            print_json(admin.ask("GET", resource))
+            print_json(admin.ask("GET", resource, patience_seconds=patience_seconds))
         else:
-            show(admin.ask("GET", resource))
+            show(admin.ask("GET", resource, patience_seconds=patience_seconds))
 
 
 # --- content
@@ -328,3 +349,22 @@ def _show_reservations(answer: Row, local: Callable[[float], str]) -> None:
 
 
 _AGES = {"1d": "≤ 1 day", "3d": "≤ 3", "7d": "≤ 7", "30d": "≤ 30", "older": "older", "unknown": "unknown"}
+
+
+# --- sizing
+
+
+_SIZING: Columns = {
+    "#size": "size_bytes",
+    "#of the present": lambda row: f"{row['factor']:g}",
+    "#over the WAN": "wan_bytes",
+    "#fetches": "fetches",
+    "#saved more": "saved_more_bytes",
+}
+
+
+def _show_sizing(answer: Row) -> None:
+    for sentence in answer["saying"]:
+        typer.echo(sentence)
+    if answer["requests"]:
+        show_table(_SIZING, answer["points"])

@@ -540,6 +540,9 @@ class Reports(Section):
     slow: Timeout = row(
         1.0, "A request that takes longer than this is kept with where its seconds went, for `gup why`."
     )
+    demand: Duration = row(
+        35 * DAY, "How long it is recorded what was asked for, for `gup report sizing`; 0 records nothing."
+    )
     ledger: Timeout = row(400 * DAY, "How long the savings of single days are kept; older ones are added up.")
     timeline: Timeout = row(
         400 * DAY, "How long it is kept which client had which revision when; also of clients not seen since."

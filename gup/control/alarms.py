@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from gup.control.api.schemas import Alarm
-from gup.control.eviction import DiskUsage
+from gup.control.eviction_plan import DiskUsage
 from gup.control.state import ControlState
 from gup.control.stats.history import RateWindow
 from gup.control.traffic import Storm

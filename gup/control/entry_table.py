@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import AfterValidator, TypeAdapter
 from sortedcontainers import SortedDict
@@ -145,21 +145,28 @@ WHERE stream = :stream AND revision IN (:newest, :before) AND kind <> {_NUMBERS[
 """  # noqa: S608
 
 
-@dataclass(slots=True)
-class _Held:
-    """One stream: its number in the database, entries by revision, the newest revision, deltas."""
+class Held(Protocol):
+    """What the worth of an entry depends on, be it stored or in a replay of the demand."""
 
-    stream: Stream
-    number: int
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def length_bytes(self) -> int: ...
+    @property
+    def content_revision(self) -> str | None: ...
+
+
+@dataclass(slots=True)
+class HeldStream:
+    """What is held of one stream: entries by revision, the newest revision, deltas."""
+
     entries: int = 0
     revisions: Counter[str] = field(default_factory=Counter)
     newest: str = ""
-    stored_newest: str = ""
-    """The newest revision by which the database has the rows' worth."""
     deltas: int = 0
     delta_bytes: int = 0
 
-    def count(self, row: Row, step: int) -> None:
+    def count(self, row: Held, step: int) -> None:
         self.entries += step
         if row.kind is Kind.DELTA:
             self.deltas += step
@@ -173,11 +180,28 @@ class _Held:
                 self.newest = self.newest if revision != self.newest else max(self.revisions, default="")
 
     def worth(self, kind: Kind, revision: str | None) -> int:
+        """The class of an entry: those of a lower one are evicted first."""
         if kind is Kind.INDEX:
             return _INDEX_FILES
         if revision is None or revision == self.newest:
             return _CURRENT
         return _DELTAS if kind is Kind.DELTA else _FULLS
+
+    def beyond(self, keep: int) -> list[str]:
+        """The revisions beyond the `keep` newest."""
+        if len(self.revisions) <= keep:
+            return []
+        return sorted(self.revisions, reverse=True)[keep:]  # of equal length
+
+
+@dataclass(slots=True)
+class _Stream(HeldStream):
+    """A stream in the database, and its number there."""
+
+    stream: Stream = ("", "", "")
+    number: int = 0
+    stored_newest: str = ""
+    """The newest revision by which the database has the rows' worth."""
 
 
 class EntryTable(Mapping[str, Row]):
@@ -194,7 +218,7 @@ class EntryTable(Mapping[str, Row]):
         """What is not in the database yet; None for a discarded row."""
         self._last: tuple[str, Row | None] = "", None
         """The last key that was asked for, with its row: a change is mostly of that one."""
-        self._streams: SortedDict[str, _Held] = SortedDict()
+        self._streams: SortedDict[str, _Stream] = SortedDict()
         """By the beginning of their keys."""
         self._numbers: dict[str, int] = {}
         """Of streams by the beginning of their keys; kept, since cursors of listings rely on them."""
@@ -260,11 +284,11 @@ class EntryTable(Mapping[str, Row]):
         if len(self._new) >= ROWS_AT_ONCE:
             self._store()
 
-    def _new_stream(self, prefix: str, stream: Stream) -> _Held:
+    def _new_stream(self, prefix: str, stream: Stream) -> _Stream:
         number = self._numbers.setdefault(prefix, len(self._prefixes))
         if number == len(self._prefixes):
             self._prefixes.append(prefix)
-        return _Held(stream, number)
+        return _Stream(stream=stream, number=number)
 
     def _store(self) -> None:
         """Put what is new into the database."""
@@ -272,7 +296,7 @@ class EntryTable(Mapping[str, Row]):
             return
         rows, gone, new = [], [], self._new
         self._new = {}
-        touched: dict[str, _Held] = {}
+        touched: dict[str, _Stream] = {}
         for key, row in new.items():
             prefix, name = _split(key)
             if row is None:
@@ -396,11 +420,10 @@ class EntryTable(Mapping[str, Row]):
     def beyond(self, keep: int) -> Iterator[Row]:
         """Rows of revisions beyond the `keep` newest of their stream."""
         for held in list(self._streams.values()):
-            if len(held.revisions) > keep:
-                for revision in sorted(held.revisions, reverse=True)[keep:]:  # of equal length
-                    yield from self._ask(
-                        "WHERE stream = ? AND revision = ? AND NOT pinned", held.number, revision
-                    )
+            for revision in held.beyond(keep):
+                yield from self._ask(
+                    "WHERE stream = ? AND revision = ? AND NOT pinned", held.number, revision
+                )
 
     def unused_since(self, at: float) -> Iterator[Row]:
         return self._ask("WHERE worth IN (0, 1, 2, 3) AND used_at < ? AND NOT pinned", at)

@@ -81,6 +81,7 @@ Name = Annotated[str, Strict(), Field(max_length=200)]
 Client = Annotated[Name, _that(is_name, "a client")]
 Stated = Annotated[str, Strict(), _cut(_MAX_STATED)]
 """Text that clients state may be of any length and content."""
+Moniker = Annotated[Name, AfterValidator(_normal)]
 Path = Annotated[str, Strict(), AfterValidator(_leads)]
 """The path that upstream is asked for the body called `key`, an earlier member."""
 PathIfAny = Annotated[str, Strict(), AfterValidator(lambda path, info: path and _leads(path, info))]
@@ -95,6 +96,14 @@ class Use(NamedTuple):
     sent_bytes: Count = 0
 
 
+class Ask(NamedTuple):
+    """How often a body that was not stored was requested; first after so many of the event's uses."""
+
+    key: Key
+    times: Count
+    after: Count = 0
+
+
 class FullRequests(NamedTuple):
     """How often a client requested one full package."""
 
@@ -103,12 +112,14 @@ class FullRequests(NamedTuple):
     times: Count
 
 
-class RefusedRequests(NamedTuple):
-    """How often a delivery rule refused a client, and the stream that it asked for."""
+class Refused(NamedTuple):
+    """How often a delivery rule refused a client, the stream that it asked for, and what the client states."""
 
     client: Client
     rule: Stated
     stream: Stated
+    version: Stated
+    language: Stated
     times: Count
 
 
@@ -178,17 +189,18 @@ class Committed(Timed):
 
 class Usage(_Event):
     """What one worker's clients requested, once a second: `uses` of stored bodies, `asked` of others; `fulls`
-    by client, `clients` all that sent requests, `shared` those of them whose address stands for many.
+    by client, `refused` by rules, `clients` all that sent requests, `shared` those of them whose address stands
+    for many.
     """
 
     type: Literal["used"] = "used"
     at: Moment
     uses: _rows(Use) = ()  # type: ignore[valid-type]
-    asked: _rows(Use) = ()  # type: ignore[valid-type]
+    asked: _rows(Ask) = ()  # type: ignore[valid-type]
     fulls: _rows(FullRequests) = ()  # type: ignore[valid-type]
+    refused: _rows(Refused) = ()  # type: ignore[valid-type]
     clients: _rows(Client) = ()  # type: ignore[valid-type]
     shared: _rows(Client) = ()  # type: ignore[valid-type]
-    refused: _rows(RefusedRequests) = ()  # type: ignore[valid-type]
 
 
 class Taken(_Event):
@@ -216,12 +228,16 @@ class Need(_Event):
 
 
 class Unstorable(_Event):
-    """A body was not stored: the disk refuses, or (not `disk`) a limit of the settings does not allow it."""
+    """A body was not stored: the disk refuses, or (not `disk`) a limit of the settings does not allow it.
+
+    `length` is the body's, if it is known.
+    """
 
     type: Literal["unstorable"] = "unstorable"
     key: Key
     detail: Detail = ""
     disk: StrictBool = True
+    length: Count | None = None
 
 
 class Failed(Timed):
@@ -320,7 +336,7 @@ class Unlisted(_Event):
     """A client requested a moniker that no catalogue lists."""
 
     type: Literal["unlisted"] = "unlisted"
-    moniker: Annotated[Name, AfterValidator(_normal)]
+    moniker: Moniker
 
 
 class NewRevision(_Event):

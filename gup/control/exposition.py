@@ -14,6 +14,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 import gup
+from gup.control.size_curve import FACTORS
 from gup.control.state import OTHER, ControlState, Label, numbers
 from gup.control.traffic import newest_times
 from gup.metrics import (
@@ -174,6 +175,7 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
     # Of the site's rate the equal part: shares of a moment would not add up to it.
     limits = {"upstream": dependencies.site_rate() // members, "client": settings.clients.rate}
     rates = [({"direction": name}, limit) for name, limit in limits.items() if limit]
+    sizes = state.sizing.shown()
     labels, upstreams = state.slot_labels(), dependencies.upstream_states()
     budget = state.budget.standing()
     budget_rows: dict[str, Samples] = {
@@ -204,4 +206,10 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
         **(peer_bytes(totals, cluster.slots) if cluster is not None else {}),
         "gup_cluster_members": [({}, members)] if cluster is not None else [],
         "gup_site_info": [({"site": settings.site.name}, 1)],
+        "gup_sizing_wan_bytes": [
+            ({"factor": f"{point.factor:g}"}, point.wan_bytes)
+            for point in (sizes.points if sizes is not None else ())
+            if point.factor in FACTORS
+        ],
+        "gup_demand_record_bytes": [({}, state.demand.bytes)],
     }

@@ -24,6 +24,7 @@ from gup.control.api import (
     holds,
     maintenance,
     past_revisions,
+    sizing,
     statistics,
     status,
     why,
@@ -62,6 +63,7 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
         *archives.Archives().endpoints,
         *statistics.ENDPOINTS,
         *past_revisions.ENDPOINTS,
+        *sizing.ENDPOINTS,
         *maintenance.ENDPOINTS,
         *holds.ENDPOINTS,
         *budget.ENDPOINTS,
@@ -326,6 +328,7 @@ class Control:
         with contextlib.suppress(OSError):  # a purge says so
             await asyncio.to_thread(reserve_room, self._dependencies.store.run)
         await state.index.open()
+        jobs.every(10.0, "demand", state.demand.write)
         state.scrubber.restore()
         state.prefetcher.restore()
         # Jobs that never return end only by a programming error; they are started again.
@@ -413,6 +416,7 @@ class Control:
         await self._runner.cleanup()
         await state.evictor.stop()
         await state.verification.stop()
+        await state.sizing.stop()
         await self._jobs.stop()
         await state.notifications.close()
         state.scrubber.save()
@@ -424,6 +428,7 @@ class Control:
         await state.budget.save()
         await state.reports.write_clients()
         await state.timings.write()
+        await state.demand.write(everything=True)
         await state.database.stop()
         await state.index.close()
 
@@ -432,6 +437,8 @@ class Control:
         await self._access.read(settings.listen, self._dependencies.store.run)
         await self.state.notifications.apply(settings.alarms)
         self.state.evictor.look_soon()
+        if self.state.index.opened:
+            await self.state.demand.write()  # or removes it
 
     # --- jobs
 

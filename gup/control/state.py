@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -20,6 +20,7 @@ from gup.control.dependencies import BusyError, ControlDependencies, change
 from gup.control.entry_table import Stream, make_row
 from gup.control.events import (
     MAX_DATAGRAM_BYTES,
+    Ask,
     Begun,
     Committed,
     Ended,
@@ -36,7 +37,6 @@ from gup.control.events import (
     Unstorable,
     UpstreamTrouble,
     Usage,
-    Use,
     parse_event,
 )
 from gup.control.eviction import JUMP_SECONDS, AgeClock, Evictor
@@ -46,8 +46,10 @@ from gup.control.integrity_jobs import Scrubber, Verification
 from gup.control.notifications import Notifications
 from gup.control.outbreak import OutbreakKeeper
 from gup.control.prefetch import Prefetcher
+from gup.control.size_curve import Sizing
 from gup.control.stats.client_records import ClientWindows, Reports
 from gup.control.stats.database import StatsDatabase
+from gup.control.stats.demand import DemandRecord
 from gup.control.stats.doctor import Doctor
 from gup.control.stats.history import RateWindow, Recorder
 from gup.control.stats.timings import Timings
@@ -212,6 +214,8 @@ class ControlState:
             clock,
             lambda: self.settings.reports.slow,
         )
+        self.demand = DemandRecord(dependencies, self.index.rows, self._age_clock, self.refusals.note)
+        self.sizing = Sizing(dependencies, self.demand, self.evictor.measure, self._age_clock)
         self.fill_rates = FillRates()
         self.failures: deque[FailedFill] = deque(maxlen=_FAILURES)
         self._rejections: OrderedDict[tuple[str, str], Rejection] = OrderedDict()
@@ -277,13 +281,16 @@ class ControlState:
             case Taken():
                 self.clients.see({take.client for take in event.rows}, now)
                 self.reports.take(event)
+                self.demand.taken(event.rows)
             case Begun():
                 self.prefetcher.asked(event.key, event.path)
             case Need():
                 self.evictor.need(event.bytes, refused=event.refused)
             case Unstorable(disk=True):
                 self.refusals.note("content", event.detail)
+                self.demand.unstorable(event.key, event.length)
             case Unstorable():
+                self.demand.unstorable(event.key, event.length)
                 self.notes.note(event.key.text, "unstored", at=now, detail=event.detail)
                 self.unstored = now, f"{event.key.text}: {event.detail}"
             case Failed(key=key, problem=problem, detail=detail):
@@ -292,6 +299,7 @@ class ControlState:
                 self.traffic.missed(key)
                 self.prefetcher.refused(key)
                 self.timings.fill_ended(event)
+                self.demand.failed(key)
             case Ordered():
                 if self.dependencies.cluster is not None:
                     self.dependencies.cluster.hear_of_orders(event.member)
@@ -317,7 +325,9 @@ class ControlState:
         for at in [at for at in self._rejections if at[0] == event.key.text]:
             del self._rejections[at]
         more: dict[str, Any] = {"received_bytes": event.length if event.received is None else event.received}
-        if (known := self.index.rows.get(event.key.text)) is not None:
+        known = self.index.rows.get(event.key.text)
+        self.demand.committed(event, known)
+        if known is not None:
             more["received_bytes"] += known.received_bytes
             more |= {"hits": known.hits, "pinned": known.pinned, "sent_bytes": known.sent_bytes}
             if known.pinned and event.replaced:
@@ -334,29 +344,41 @@ class ControlState:
     def _used(self, event: Usage, now: float) -> None:
         """Uses of unknown keys are ignored: the event of their commit was lost."""
         at = min(event.at, self._age_clock())  # a clock that ran ahead must not keep an entry for ever
-        for use in event.uses:
+        asked = deque(event.asked)
+        for number, use in enumerate(event.uses):
+            while asked and asked[0].after <= number:
+                self._asked(asked.popleft())
             row = self.index.rows.get(use.key.text)
+            self.demand.used(use.key, use.times, row)
             if row is not None:
                 if row.used_at > at + JUMP_SECONDS and at >= self.dependencies.installed_at:
                     row = replace(row, used_at=at)  # noted by a clock that was ahead and has been put back
                 self.index.put(row.used(use.times, use.sent_bytes, at))
                 self.touches[row.key] = max(at, self.touches.get(row.key, 0.0))
-                self._sent(use)
-        for use in event.asked:
-            self._sent(use)
+                self._sent(use.key, use.times)
+        for ask in asked:
+            self._asked(ask)
         for full in event.fulls:
             self.traffic.note_client(full.key, full.client, full.times)
+        self.demand.fulls(max(Counter(full.client for full in event.fulls).values(), default=0))
+        self.demand.refused(event.refused)
         if event.clients:
             self.clients.see(event.clients, now)
         if event.clients or event.refused:
             self.reports.note(event)
 
-    def _sent(self, use: Use) -> None:
-        self.traffic.sent(use.key, use.times)
-        self.prefetcher.asked(use.key)
+    def _asked(self, ask: Ask) -> None:
+        self.demand.asked(ask.key, ask.times)
+        self._sent(ask.key, ask.times)
+
+    def _sent(self, key: ContentKey, times: int) -> None:
+        self.traffic.sent(key, times)
+        self.prefetcher.asked(key)
 
     def _removed(self, key: str, reason: str) -> None:
         self.notes.note(key, "removed", at=self.clock(), detail=reason)
+        if not reason.startswith("evicted"):
+            self.demand.removed(key)
 
     async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
         """False when there is none. BusyError while its claim is held."""
@@ -366,6 +388,7 @@ class ControlState:
         row = self.index.rows.get(key.text)  # looked up after the wait: it may have changed meanwhile
         if row is not None:
             self.index.put(replace(row, pinned=pinned))
+            self.demand.pinned(key.text, pinned=pinned)
         return True
 
     async def carry_out(self, order: Order) -> None:
@@ -388,6 +411,9 @@ class ControlState:
     async def meter(self) -> None:
         """To be called once a second."""
         self.history.look(self.index.rows.total_bytes)
+        totals = self.dependencies.totals()
+        names = "gup_client_downloads_in_progress", "gup_client_downloads_queued"
+        self.demand.meter(*(totals.get(name, 0) for name in names))
 
     # --- display
 

@@ -80,6 +80,8 @@ class ChildProcess(ABC):
         self._events = socket.socket(fileno=os.dup(assignment.event_fd))
         self._events.setblocking(False)
         self._rate, self._rate_until = 0, 0.0
+        self.before_need: Callable[[], None] = lambda: None
+        """Tells the controller what clients have requested up to now; a worker sets it."""
         self._paid = [page.row(row) for row in (Row.WAN_URGENT, Row.WAN_OTHER, Row.WAN_BACKGROUND)]
         self.wan = Wan(
             words,
@@ -125,7 +127,7 @@ class ChildProcess(ABC):
                 min_free=lambda: self.settings.cache.min_free,
                 used=lambda: words[layout.STORE_BYTES] + self.reserved_bytes(),
                 promise=self._reserve,
-                need=lambda size, refused: self.tell({"type": "need", "bytes": size, "refused": refused}),
+                need=self._need,
                 evictions=lambda: words[layout.STORE_EPOCH],
             ),
             memory=MemoryFiles(
@@ -240,6 +242,11 @@ class ChildProcess(ABC):
 
     def reserved_bytes(self) -> int:
         return sum(self._reserved)
+
+    def _need(self, size_bytes: int, refused: bool) -> None:
+        """The controller is to evict: first it is told what was used up to now."""
+        self.before_need()
+        self.tell({"type": "need", "bytes": size_bytes, "refused": refused})
 
     def _reserve(self, change: int) -> None:
         self._reserved[self.block] += change

@@ -41,6 +41,8 @@ _WARM_UP_AFTER_SECONDS = 0.3
 _ORDERS_SECONDS, _LOOK_SECONDS = 10.0, 0.01
 """The longest wait of content for the controller, which catches up the orders at the start or gives up after
 1.6 s."""
+_PARTS, _TURN_OVER = 16, 256
+"""Of a second, and of the store: if so much of it is sent within a part, the uses are told more often."""
 _COLLECT_AFTER = 10_000
 """New objects that outlive their use; Python's own 700 takes 3 to 5 % of a small miss."""
 
@@ -50,6 +52,8 @@ class Worker(ChildProcess):
         super().__init__(parent)
         self._draining: asyncio.Task[None] | None = None
         self._stops = False
+        self._sent_bytes = 0
+        self._loop = asyncio.get_running_loop()
         shared, settings = self.shared, self.settings
         # Called for each hit, so without a Python frame.
         epochs = partial(itemgetter(POLICY_EPOCH, STORE_EPOCH), self.words)
@@ -71,7 +75,8 @@ class Worker(ChildProcess):
             counts[Shared.DOWNLOADS],
         )
         names = ClientNames(settings.reports.addresses, read_key(self.store.run / "address-key"))
-        self._access_log = AccessLog(settings, self.counters, names)
+        self._access_log = access_log = AccessLog(settings, self.counters, names)
+        self.before_need = lambda: access_log.tell_uses(self.tell, self.dependencies.wall_clock())
         self._policy = Policy(self.dependencies, lambda: self.words[POLICY_EPOCH], hot_cache.drop)
         policy = self._policy
         self.pool.lists = lambda name, moniker: policy.choices.catalogues.listed(name, moniker) is not None
@@ -124,6 +129,15 @@ class Worker(ChildProcess):
         self.cache.set_purged_aside()
         self._access_log.each_second(self.tell, self.offer, wall_now, everything=everything)
         self.tell_under_way(self._access_log.under_way())
+        for part in range(1, _PARTS if not everything else 0):
+            self._loop.call_later(part / _PARTS, self._look_at_order)
+
+    def _look_at_order(self) -> None:
+        """Where much of the store is sent in a second, the order of uses within it counts for eviction."""
+        before, self._sent_bytes = self._sent_bytes, self._access_log.sent_bytes()
+        if self._sent_bytes - before > self.settings.cache.max_size // _TURN_OVER:
+            for part in range(_PARTS // 4):
+                self._loop.call_later(part / _PARTS**2 * 4, self.before_need)
 
     async def run(self) -> None:
         gc.freeze()  # what the start has made stays, and need not be looked through again and again

@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 
 from gup import config
 from gup.cache.fair_shares import networks_of
@@ -70,8 +71,10 @@ class AccessLog:
         self._names = names
         self.connected: set[str] = set()  # clients whose connection was accepted in this second
         self._used, self._missed = Counter[str](), Counter[str]()
+        self._missed_after: dict[str, int] = {}
+        """How many keys had been used when each was first missed: the order counts for eviction."""
+        self._refused = Counter[tuple[str, str, str, str, str]]()
         self._fulls = Counter[tuple[str, str]]()
-        self._refused = Counter[tuple[str, str, str]]()
         self._taken: set[ClientRecord] = set()
         self._parts: list[tuple[ClientRecord, tuple[int, int, int]]] = []
         self._asked: set[ClientRecord] = set()
@@ -94,6 +97,10 @@ class AccessLog:
             self._names.mode = settings.reports.addresses
             self._waiting.clear()  # their names were made in the former mode
 
+    def sent_bytes(self) -> int:
+        """Body bytes that this worker has sent to clients."""
+        return sum(self.words[at] for at in self.sent.values())
+
     # --- responses
 
     def begin(self, peer: str, response: Response) -> None:
@@ -105,6 +112,8 @@ class AccessLog:
         if response.stored:
             self._used[key] += 1
         elif response.kind is not Kind.INDEX:
+            if key not in self._missed:
+                self._missed_after[key] = len(self._used)
             self._missed[key] += 1
         if response.kind is Kind.FULL and response.body is not None:
             self._took_full(peer, key)
@@ -251,7 +260,8 @@ class AccessLog:
     def _note_refused(self, peer: str, response: Response) -> None:
         assert response.request is not None
         parts = response.request.target.decode("latin-1").split("/", 3)
-        row = (peer, response.rule, parts[2] if len(parts) > 2 else "")
+        client = self._stated(self._client(response))
+        row = (peer, response.rule, parts[2] if len(parts) > 2 else "", client.version, client.language)
         if row in self._refused or len(self._refused) < _MOST_REFUSED:
             self._refused[row] += 1
 
@@ -291,20 +301,40 @@ class AccessLog:
         slow, self._slow = self._slow, []
         for at in range(0, len(slow), _SLOW_ROWS):
             tell({"type": "slow", "rows": slow[at : at + _SLOW_ROWS]})
-        names = self._names
+        names, uses = self._names, self._uses()
         event: dict[str, Sequence[object]] = {
-            "uses": list(self._used.items()),
-            "asked": list(self._missed.items()),
             "fulls": [(names.of(who), key, n) for (who, key), n in self._fulls.items()],
+            "refused": [(names.of(who), *what, n) for (who, *what), n in self._refused.items()],
             "clients": list({names.of(peer) for peer in self.connected}),
             "shared": list({names.of(peer) for peer in self.connected if self._is_shared(peer)}),
-            "refused": [(names.of(who), rule, stream, n) for (who, rule, stream), n in self._refused.items()],
         }
-        for gathered in (self._used, self._missed, self._fulls, self.connected, self._refused):
+        for gathered in (self._fulls, self._refused, self.connected):
             gathered.clear()
-        for at in range(0, max(map(len, event.values())), _ROWS):
-            some = {name: part for name, rows in event.items() if (part := rows[at : at + _ROWS])}
-            tell({"type": "used", "at": now, **some})
+        for at in range(max(len(uses), -(-max(map(len, event.values())) // _ROWS))):
+            own = slice(at * _ROWS, (at + 1) * _ROWS)
+            some = {name: part for name, rows in event.items() if (part := rows[own])}
+            tell({"type": "used", "at": now, **(uses[at] if at < len(uses) else {}), **some})
+
+    def tell_uses(self, tell: Tell, now: float) -> None:
+        """Tell the controller now what was requested since the last time: it is about to evict."""
+        for uses in self._uses():
+            tell({"type": "used", "at": now, **uses})
+
+    def _uses(self) -> list[dict[str, list[tuple[object, ...]]]]:
+        """What was requested since the last time, in the order of the first requests, in parts."""
+        rows = [(number, 1, row) for number, row in enumerate(self._used.items())]
+        rows += [(self._missed_after[row[0]], 0, row) for row in self._missed.items()]
+        rows.sort(key=itemgetter(0, 1))
+        found = []
+        for at in range(0, len(rows), _ROWS):
+            uses: list[tuple[object, ...]] = []
+            asked: list[tuple[object, ...]] = []
+            for _, stored, row in rows[at : at + _ROWS]:
+                uses.append(row) if stored else asked.append((*row, len(uses)))
+            found.append({name: some for name, some in (("uses", uses), ("asked", asked)) if some})
+        for gathered in (self._used, self._missed, self._missed_after):
+            gathered.clear()
+        return found
 
     def _gather(self) -> None:
         """Put client records into rows that wait to be sent; bounded."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from gup.control.alarms import ALARMS, MAX_OF_A_TYPE, AlarmBoard, AlarmCollector, AlarmType
-from gup.control.eviction import DiskUsage
+from gup.control.eviction_plan import DiskUsage
 from gup.control.state import Rejection
 from gup.control.traffic import Storm, Unmet
 

@@ -18,11 +18,9 @@ from gup.control.eviction import (
     BELIEVED_AFTER_SECONDS,
     GAP_SECONDS,
     AgeClock,
-    DiskUsage,
-    Eviction,
-    plan_evictions,
     remove_part,
 )
+from gup.control.eviction_plan import DiskUsage, Eviction, plan_evictions
 
 NOW = 1_800_000_000.0
 DAY = 86400.0

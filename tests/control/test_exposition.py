@@ -46,6 +46,7 @@ def everything(words, labels=LABELS, upstreams=UPSTREAMS):
         "gup_bandwidth_limit_bytes_per_second": [({"direction": d}, 1) for d in ("upstream", "client")],
         "gup_allowed_at_once": [({"of": name}, 1) for name in limited],
         "gup_build_info": [({"version": "1", "python": "3"}, 1)],
+        "gup_sizing_wan_bytes": [({"factor": "1"}, 1)],
     }
     return {metric.name: [({}, 0)] for metric in METRICS if not metric.stored} | samples
 

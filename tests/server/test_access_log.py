@@ -183,7 +183,7 @@ def test_what_is_used_missed_and_taken_is_told_once_a_second(counters):
     events = []
     log.each_second(events.append, lambda _event: True, NOW)
     assert [json.loads(json.dumps(event)) for event in events] == [
-        {"type": "used", "at": NOW, "uses": [[KEY, 2]], "asked": [[KEY, 1]]}
+        {"type": "used", "at": NOW, "uses": [[KEY, 2]], "asked": [[KEY, 1, 1]]}
         | {"fulls": [["10.0.0.1", KEY, 3]], "clients": ["10.0.0.1"]}
     ]
     log.each_second(events.append, lambda _event: True, NOW)

@@ -128,6 +128,8 @@ def _take(state: ControlState, content: StreamReader, loop: asyncio.AbstractEven
 
     async def taken(record: Record) -> None:
         await state.index.read_again(record.key, state.dependencies.store)
+        if (row := state.index.rows.get(record.key.text)) is not None:
+            state.demand.placed(row)
         state.evictor.look_soon()
 
     def room(length_bytes: int) -> str:

@@ -909,3 +909,40 @@ class History(Response):
     since: float
     until: float
     points: list[HistoryPoint]
+
+
+# --- sizing
+
+
+class SizingPoint(Response):
+    """A store of one size under the recorded demand."""
+
+    size_bytes: int
+    factor: float = Field(description="Of the present size.")
+    wan_bytes: int = Field(description="What would have crossed the WAN.")
+    fetches: int
+    saved_more_bytes: int = Field(description="Than with the present size; below zero: less.")
+
+
+class Sizing(Response):
+    """What stores of other sizes would have saved, by a replay of the recorded demand."""
+
+    at: float
+    since: float = Field(description="Begin of the recorded time that is counted.")
+    until: float
+    recorded: bool = Field(description="Whether demand is recorded at present.")
+    record_bytes: int
+    record_limit_bytes: int
+    present_bytes: int = Field(description="`cache.max_size`.")
+    room_bytes: int = Field(description="What the disk has room for, with what is stored.")
+    everything_bytes: int = Field(description="The largest store that this demand fills.")
+    enough_bytes: int | None = Field(description="The size beyond which hardly anything more is saved.")
+    requests: int
+    requested_bytes: int
+    unknown_requests: int = Field(description="For bodies whose size is not known.")
+    failed_fetches: int = Field(description="Fetches that no upstream could answer.")
+    sent_bytes: int = Field(description="What was really sent to clients in this time.")
+    received_bytes: int = Field(description="What really crossed the WAN in this time.")
+    left_out_bytes: int | None = Field(description="Sizes up to this one took too long to replay.")
+    points: list[SizingPoint] = Field(description="By size.")
+    saying: list[str] = Field(description="In words.")

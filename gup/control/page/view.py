@@ -80,6 +80,7 @@ class Viewer:
             "not_ready": state.not_ready(),
             "client_rate": state.history.clients.bytes_per_second(),
             "phase_names": PHASE_NAMES,
+            "sizing": state.sizing.shown(),
         } | {name: await kept.value() for name, kept in self._kept.items()}
 
     def _zone(self) -> ZoneInfo | None:
@@ -277,7 +278,7 @@ def _in_order(phases: Mapping[str, float]) -> list[tuple[str, float]]:
 # --- as HTML
 
 QUICK = ("head", "alarms", "site", "saved", "now", "budget", "fills", "seconds", "upstreams")
-SLOW = ("hour", "day", "days", "held", "clients", "ages", "service")
+SLOW = ("hour", "day", "days", "held", "clients", "ages", "service", "sizing")
 """The parts of the page that change; each has its template, and the element with this id holds it."""
 SLOW_SECONDS = 5.0
 """Interval of the slow parts, which are large."""

@@ -205,7 +205,28 @@
     }, [days, rows.map((row) => value(row, "sent")), rows.map((row) => value(row, "received"))]);
   }
 
-  const DRAW = { hour: drawSpan, day: drawSpan, days: drawDays };
+  // What would have crossed the WAN with stores of other sizes; the present one is marked.
+  function drawSizes() {
+    const told = document.querySelector("#sizing [data-sizes]");
+    if (!told) return;
+    const [sizes, wan] = JSON.parse(told.dataset.sizes);
+    const present = Number(told.dataset.present);
+    const [x, y] = axes("", "");
+    const dots = { show: true, size: 6 };
+    draw("sizing", {
+      cursor: { y: false, drag: { x: false, y: false } },
+      scales: { x: { time: false, distr: 3 }, y: upwards },
+      padding: [6, 28, 0, 0],
+      axes: [{ ...x, values: (_, at) => at.map((value) => (value === null || !/^[125]0*$/.test(String(value)) ? "" : size(value).replace(".0 ", " "))) }, y],
+      series: [
+        { label: "Size", value: shown("") },
+        { label: "Over the WAN", stroke: colour("--wan"), fill: colour("--wan-area"), width: 2, points: dots, value: shown("") },
+        { label: "Present size", stroke: colour("--limit"), points: { show: true, size: 11, fill: colour("--limit") }, value: shown("") },
+      ],
+    }, [sizes, wan, sizes.map((value, at) => (value === present ? wan[at] : null))]);
+  }
+
+  const DRAW = { sizing: drawSizes, hour: drawSpan, day: drawSpan, days: drawDays };
 
   document.addEventListener("visibilitychange", () => (document.hidden ? hush() : listen()));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
