@@ -3,12 +3,14 @@
 import contextlib
 import os
 import signal
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from zoneinfo import ZoneInfo
 
 import pytest
 from harness.clients import assert_problem, fetch
 from harness.commands import on
 from harness.content import BIG, CONTENT_INFO, DELTA, INDEX, content_path, noise, zip_of
+from harness.faults import WallClock
 from harness.processes import until
 from harness.upstreams import Answer, Gate
 
@@ -236,6 +238,49 @@ def test_an_outbreak_opens_definitions_and_ends_by_itself(serve):
     until(lambda: gup.api("/api/v1/outbreak")[1]["outbreak"] is None, "it ends by itself")
     until(lambda: gup.metric("gup_bandwidth_limit_bytes_per_second", direction="upstream") == 1e6, "the rate")
     gup.wait_log("the outbreak is over")
+
+
+@pytest.mark.long
+def test_a_period_turns_at_midnight_and_a_clock_that_was_ahead_loses_nothing(serve, tmp_path):
+    clock, zone = WallClock(tmp_path / "clock"), ZoneInfo("Pacific/Auckland")
+    tomorrow = datetime.now(zone).replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=1)
+    left = tomorrow.timestamp() - datetime.now(zone).timestamp()
+    gup, _ = serve(
+        FILES,
+        each={"health_interval": "0s"},
+        env=clock.env,
+        site={"time_zone": "Pacific/Auckland"},
+        **set_to("300kB", per="day"),
+    )
+    gup.serves(BIG, FILES[BIG])
+    problem = assert_problem(gup.get(OTHER_FULL), 503, "wan-budget")
+    opens_at = datetime.fromisoformat(problem["opens_at"])
+    assert opens_at == tomorrow
+    assert int(gup.get(OTHER_FULL).header("retry-after")) <= 3600
+    clock.set(left - 3)
+    assert used(gup) == 500_000
+    clock.set(left + 5)
+    until(lambda: used(gup) == 0, "another period")
+    gup.serves(OTHER_FULL, FILES[OTHER_FULL])
+    clock.set(0)
+    assert used(gup) == 800_000  # of today, and of a day to come
+    assert_problem(gup.get(OTHER_DELTA), 503, "wan-budget")
+    gup.kill()
+    gup.start()
+    assert used(gup) == 800_000
+
+
+def test_a_client_that_joins_a_background_fill_gets_it_though_background_is_held_back(serve):
+    gate = Gate()
+    body = noise("delta", 200_000)
+    answers = {DELTA: Answer(body, gates=((100_000, gate),)), BIG: FILES[BIG]}
+    gup, _ = serve(answers, each={"health_interval": "0s"}, **set_to("1MB", background="40%"))
+    assert gup.api("/api/v1/prefetch", "POST", given={"path": DELTA})[0] == 202
+    gate.wait_reached()
+    gup.serves(BIG, FILES[BIG])  # beyond the share of background fills
+    reader, response = gup.begin(DELTA, 1000)
+    gate.open()
+    assert reader.finish(response).body == body
 
 
 def test_an_outbreak_begins_and_ends(serve):

@@ -103,6 +103,22 @@ def _traffic(made: board.Dashboard) -> None:
     )
     made.with_panel(
         graph(
+            About(
+                "Budget of the WAN", "The site's in this period (wan.budget), used, and held back.", "bytes"
+            ),
+            Query(f"max(gup_wan_budget_used_bytes{{{_SITE}}})", "used"),
+            Query(f"max(gup_wan_budget_bytes{{{_SITE}}})", "budget"),
+        )
+    )
+    made.with_panel(
+        graph(
+            About("Held back by the budget", "Fills an hour, by class; 1 of outbreak: it is open.", "none"),
+            Query(f"sum by (class) (increase(gup_wan_budget_held_back_total{{{_SITE}}}[1h]))", "{{class}}"),
+            Query(f"max(gup_outbreak{{{_SITE}}})", "outbreak"),
+        )
+    )
+    made.with_panel(
+        graph(
             About("Requests by result", "The result of each request.", "reqps"),
             Query(f"sum by (result) (rate(gup_requests_total{{{_SITE}}}[{_RATE}]))", "{{result}}"),
             stacked=True,
