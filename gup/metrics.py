@@ -29,6 +29,7 @@ KINDS = ("full", "delta", "index", "other")
 SOURCES = ("cache", "fill", "bypass")
 PURPOSES = ("fill", "index", "prefetch", "repair", "catalog", "bypass")
 WASTED = ("overlap", "mismatch", "aborted", "rejected")
+SICK_FINDINGS = ("repeated-full", "no-delta", "behind", "refused", "unfinished")
 RESUME_REASONS = ("cut", "timeout", "failover", "takeover")
 MAX_STREAMS = 50
 """Streams (variant and moniker) counted separately; the rest share the last slot."""
@@ -98,6 +99,7 @@ _MEMBER: Label = ("member", ())
 _NEWEST = (_PRODUCT, _LANGUAGE, ("where", ("held", "requested")))
 _STREAM = (_PRODUCT, _LANGUAGE, ("kind", KINDS))
 _TTFB_HELP = "From a request's head to the first byte of content, hot hits left out."
+_SICK_HELP = "Clients that something seems to be wrong with; absent without client records."
 _OF_FILL, _OF_REQUEST = (("phase", FILL_PHASES),), (("phase", REQUEST_PHASES),)
 _FILL_PHASE_HELP = "Where the seconds of fills went; a phase that a fill did not have is not counted."
 _REQUEST_PHASE_HELP = "The same of requests that took longer than reports.slow."
@@ -144,6 +146,7 @@ METRICS: tuple[Metric, ...] = (
     _counter("gup_stream_received_bytes_total", "Body bytes received, by stream.", *_STREAM, stored=False),
     _gauge("gup_clients_seen", "Client addresses seen.", ("window", ("1h", "1d", "7d"))),
     _gauge("gup_clients_by_age", _AGE_HELP, ("age", ("1d", "3d", "7d", "30d", "older", "unknown"))),
+    _gauge("gup_clients_sick", _SICK_HELP, ("finding", SICK_FINDINGS)),
     _gauge("gup_cache_entries", "Entries in the store."),
     _gauge("gup_cache_size_bytes", "Bodies and parts in the store."),
     _gauge("gup_cache_limit_bytes", "cache.max_size."),

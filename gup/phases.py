@@ -125,7 +125,7 @@ class FillClock(PhaseClock):
         self._leave(now)
         return self._marks if self._marks[-1][0] >= now else [*self._marks, self._mark(now)]
 
-    def told(self) -> dict[str, object]:
+    def told(self, *, marks: bool = True) -> dict[str, object]:
         """For an event: see gup.control.events.Timed. Marks are left out of a short one."""
         found: dict[str, object] = {
             "began": round(self.began, 6),
@@ -136,7 +136,7 @@ class FillClock(PhaseClock):
             found["queued"] = self.queued
         if self.held is not None:
             found["held"] = self.held
-        if self.seconds >= _STEP_SECONDS:
+        if marks and self.seconds >= _STEP_SECONDS:
             found["marks"] = [[round(number, 4) for number in mark] for mark in self.marks()]
         return found
 

@@ -35,7 +35,7 @@ _CIRCLE_SECONDS = 0.5
 """A waiting gup is checked this often for being the upstream of the fill it waits for."""
 _FIRST_LOOK_SECONDS = 0.5
 """What another process has of a body is seen within this time, also on a busy machine."""
-_SLOW_SECONDS, _MOST_TOLD = 1.0, 200
+_SLOW_SECONDS, _MOST_TOLD = 1.0, 50
 _MOST_FILLS = 3
 """Fills per request, when the entry is removed as soon as it is stored."""
 _Found = tuple[Record, OpenFile, bool]
@@ -622,7 +622,7 @@ class Cache:
         """What this process fetches for a second or longer, the oldest first: rows of an UnderWay."""
         now, least = self._deps.clock(), min(_SLOW_SECONDS, self._deps.settings.reports.slow)
         return [
-            {"key": fill.key.text, "phase": fill.times.phase, **fill.times.told()}
+            {"key": fill.key.text, "phase": fill.times.phase, **fill.times.told(marks=False)}
             for fill in self._tasks.values()
             if fill is not None and fill.led and not fill.over and now - fill.since >= least
         ][:_MOST_TOLD]

@@ -44,9 +44,21 @@ def content(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag 
 
 @report.command()
 @with_connection_flags
-def clients(*, where: Where, csv_output: CsvFlag = False, json_output: JsonFlag = False) -> None:
-    """Clients by stated version, and those that may need a restart after a client patch."""
-    _report("clients", where, csv_output, json_output, _show_clients)
+def clients(
+    *,
+    sick: Annotated[bool, typer.Option("--sick", help="Those that seem to be in trouble.")] = False,
+    where: Where,
+    csv_output: CsvFlag = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Clients by stated version, and those that may need a restart after a client patch.
+
+    With --sick those that take the same full again and again, never get a delta, fall behind their
+    neighbours, ask for what the rules refuse, or never finish a download: what was seen, the likely cause,
+    what to do.
+    """
+    show = _show_sick if sick else _show_clients
+    _report("sick" if sick else "clients", where, csv_output, json_output, show)
 
 
 @report.command()
@@ -194,6 +206,21 @@ def _show_clients(answer: Row) -> None:
     show_table(_RESTARTS, answer["restart_pending"])
     if answer["restart_pending"]:
         typer.echo(answer["saying"])
+
+
+_SICK: Columns = {"client": "address", "finding": "finding", "seen": "seen", "last": "last_at"}
+
+
+def _show_sick(answer: Row) -> None:
+    if answer["note"]:
+        typer.echo(answer["note"])
+        return
+    rest = f"; {answer['left_out']} addresses of several machines left out" if answer["left_out"] else ""
+    typer.echo(f"{answer['sick']} of {answer['clients']} clients have a finding{rest}")
+    show_table(_SICK, answer["rows"])
+    told = {row["finding"]: row for row in answer["rows"]}
+    for name, row in told.items():
+        typer.echo(printable(f"{name}: {row['cause']}\n  {row['what_to_do']}"))
 
 
 # --- savings

@@ -533,6 +533,10 @@ class Alarms(Section):
         "Program and arguments, run for each message without a shell: JSON on standard input, ALARM_* set.",
     )
     command_timeout: Timeout = row(30.0, "Time for the command to end; it is killed then.")
+    sick_share: Count = row(
+        5,
+        "An alarm begins when `gup report clients --sick` finds something with so many percent of them.",
+    )
 
 
 class Workers(Section):

@@ -94,6 +94,9 @@ ALARMS = (
     AlarmType("clients-silent", "warning", 0.0, 15.0, (
               "This is normal over a holiday. Otherwise check that clients can reach this machine's port, "
               "and that their policy names it.")),
+    AlarmType("clients-sick", "warning", 0.0, 600.0, (
+              "`gup report clients --sick` names them, with the likely cause and what to do in the "
+              "manager.")),
     AlarmType("alarms-unsent", "warning", 60.0, 0.0, (
               "Check the receiver in [alarms] and the way to it, then try it with `gup alarms test`.")),
     AlarmType("events-lost", "warning", 0.0, 15.0, (
@@ -173,6 +176,8 @@ NEAR_LIMIT = 0.95
 MISSED_SECONDS = 300.0
 """A revision that clients request in vain for this long is overdue."""
 SILENT_SECONDS = 86400.0
+SICK_CLIENTS = 5
+"""With fewer, the alarm does not begin, whatever their share."""
 REGULARS = 3
 """With this many clients in a week, a day without any is unusual."""
 
@@ -294,6 +299,12 @@ class AlarmCollector:
             ago = time_in_words(now - last[0][1])
             text = f"no client has sent a request for {ago}; {week} did within the last week"
             yield "clients-silent", "", text
+        found = state.doctor.found
+        least = max(SICK_CLIENTS, state.settings.alarms.sick_share * found.clients / 100)
+        if found.sick >= least:
+            most = ", ".join(f"{name} {count}" for name, count in found.counts.items() if count)
+            text = f"something seems to be wrong with {found.sick} of {found.clients} clients: {most}"
+            yield "clients-sick", "", text
         if lost := self.gained("gup_events_lost_total") + self.gained("malformed", state.malformed_events):
             text = f"{lost} messages from workers were lost within 10 minutes: figures of use are too low"
             yield "events-lost", "", text

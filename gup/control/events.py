@@ -103,6 +103,15 @@ class FullRequests(NamedTuple):
     times: Count
 
 
+class RefusedRequests(NamedTuple):
+    """How often a delivery rule refused a client, and the stream that it asked for."""
+
+    client: Client
+    rule: Stated
+    stream: Stated
+    times: Count
+
+
 class Part(NamedTuple):
     """A part of a body: where it begins and ends, and the body's length."""
 
@@ -169,7 +178,7 @@ class Committed(Timed):
 
 class Usage(_Event):
     """What one worker's clients requested, once a second: `uses` of stored bodies, `asked` of others; `fulls`
-    by client, `clients` all that sent requests.
+    by client, `clients` all that sent requests, `shared` those of them whose address stands for many.
     """
 
     type: Literal["used"] = "used"
@@ -178,6 +187,8 @@ class Usage(_Event):
     asked: _rows(Use) = ()  # type: ignore[valid-type]
     fulls: _rows(FullRequests) = ()  # type: ignore[valid-type]
     clients: _rows(Client) = ()  # type: ignore[valid-type]
+    shared: _rows(Client) = ()  # type: ignore[valid-type]
+    refused: _rows(RefusedRequests) = ()  # type: ignore[valid-type]
 
 
 class Taken(_Event):

@@ -180,6 +180,9 @@ async def gauges(state: ControlState, totals: Mapping[str, int]) -> dict[str, Sa
         **newest_and_storms(newest, storms, labels),
         "gup_clients_seen": [({"window": w}, n) for w, n in state.clients.counts(state.clock()).items()],
         "gup_clients_by_age": [({"age": age}, n) for age, n in state.reports.ages.items()],
+        "gup_clients_sick": [({"finding": name}, n) for name, n in state.doctor.found.counts.items()]
+        if state.reports.mode != "off"
+        else [],
         "gup_cache_entries": [({}, len(state.index.rows))],
         "gup_cache_size_bytes": [({}, disk.size_bytes)],
         "gup_cache_limit_bytes": [({}, settings.cache.max_size)],

@@ -329,6 +329,7 @@ class Control:
         jobs.every(2.0, "reports", state.reports.write_clients)
         jobs.every(2.0, "timings", state.timings.write)
         jobs.every(600.0, "ages", state.reports.count_ages)
+        jobs.every(2.0, "doctor", state.doctor.turn)
         jobs.every(3600.0, "prune", state.reports.prune)
         jobs.every(2.0, "recover", self._dependencies.recover)
         collector = AlarmCollector(state)

@@ -46,6 +46,7 @@ from gup.control.notifications import Notifications
 from gup.control.prefetch import Prefetcher
 from gup.control.stats.client_records import ClientWindows, Reports
 from gup.control.stats.database import StatsDatabase
+from gup.control.stats.doctor import Doctor
 from gup.control.stats.history import RateWindow, Recorder
 from gup.control.stats.timings import Timings
 from gup.control.traffic import Traffic
@@ -194,6 +195,9 @@ class ControlState:
         held = self.index.rows.newest_held
         self.reports = Reports(dependencies, self.database, clock, self._age_clock, held)
         self.history = Recorder(dependencies, self.database, clock)
+        self.doctor = Doctor(
+            self.database, clock, lambda: self.reports.mode, self.reports.write_clients, self.label
+        )
         self.timings = Timings(
             self.database,
             self.reports,
@@ -337,7 +341,8 @@ class ControlState:
             self.traffic.note_client(full.key, full.client, full.times)
         if event.clients:
             self.clients.see(event.clients, now)
-            self.reports.see(event.clients)
+        if event.clients or event.refused:
+            self.reports.note(event)
 
     def _sent(self, use: Use) -> None:
         self.traffic.sent(use.key, use.times)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from gup import config
+from gup.cache.fair_shares import networks_of
 from gup.client_names import ClientNames
 from gup.content.client_identity import NOTHING, Declarations, Stated
 from gup.content.key import Kind
@@ -27,7 +28,8 @@ _TARGET_LETTERS = 300
 # Per second and worker: parsing a head takes 10 µs, and all of it happens in one turn of the event loop.
 _MOST_HEADS, _MOST_PARTS = 1000, 2000
 _MOST_SLOW, _SLOW_ROWS = 1000, 100  # slow requests told per second, and in one event
-_MOST_UNDER_WAY = 200
+_MOST_UNDER_WAY = 50
+_MOST_REFUSED = 2000
 _TRIFLE_SECONDS = 0.001
 _MOST_FULLS = 5000  # addresses and keys reported per second; more are possible
 
@@ -69,6 +71,7 @@ class AccessLog:
         self.connected: set[str] = set()  # clients whose connection was accepted in this second
         self._used, self._missed = Counter[str](), Counter[str]()
         self._fulls = Counter[tuple[str, str]]()
+        self._refused = Counter[tuple[str, str, str]]()
         self._taken: set[ClientRecord] = set()
         self._parts: list[tuple[ClientRecord, tuple[int, int, int]]] = []
         self._asked: set[ClientRecord] = set()
@@ -86,6 +89,7 @@ class AccessLog:
         self._every, self._first = samples[self._access]
         self.declarations = Declarations(settings.rules)
         self.slow_seconds = settings.reports.slow
+        self._is_shared = networks_of(settings.clients.shared)
         if self._names.mode != settings.reports.addresses:
             self._names.mode = settings.reports.addresses
             self._waiting.clear()  # their names were made in the former mode
@@ -112,6 +116,8 @@ class AccessLog:
     ) -> None:
         """The whole response was sent, or its rest never will be. `times`: it had to wait."""
         self._note(peer, response, sent, complete=complete)
+        if response.rule and _is_get(response):
+            self._note_refused(peer, response)
         if times is not None and self.clock() - response.began >= self.slow_seconds:
             times.enter("sending")
             if len(self._slow) < _MOST_SLOW:
@@ -242,6 +248,13 @@ class AccessLog:
         if who in self._fulls or len(self._fulls) < _MOST_FULLS:
             self._fulls[who] = self._fulls.get(who, 0) + 1
 
+    def _note_refused(self, peer: str, response: Response) -> None:
+        assert response.request is not None
+        parts = response.request.target.decode("latin-1").split("/", 3)
+        row = (peer, response.rule, parts[2] if len(parts) > 2 else "")
+        if row in self._refused or len(self._refused) < _MOST_REFUSED:
+            self._refused[row] += 1
+
     def _note(self, peer: str, response: Response, sent: int, *, complete: bool) -> None:
         """Note what the client has now: a whole body, a part, or nothing."""
         if response.key is None or not _is_get(response):
@@ -284,8 +297,10 @@ class AccessLog:
             "asked": list(self._missed.items()),
             "fulls": [(names.of(who), key, n) for (who, key), n in self._fulls.items()],
             "clients": list({names.of(peer) for peer in self.connected}),
+            "shared": list({names.of(peer) for peer in self.connected if self._is_shared(peer)}),
+            "refused": [(names.of(who), rule, stream, n) for (who, rule, stream), n in self._refused.items()],
         }
-        for gathered in (self._used, self._missed, self._fulls, self.connected):
+        for gathered in (self._used, self._missed, self._fulls, self.connected, self._refused):
             gathered.clear()
         for at in range(0, max(map(len, event.values())), _ROWS):
             some = {name: part for name, rows in event.items() if (part := rows[at : at + _ROWS])}

@@ -264,6 +264,8 @@ class Handler:
         failed = problem.slug.startswith("upstream-") or problem.slug in ("no-upstream", "internal-error")
         response.result = "error" if failed or problem.status not in _REFUSALS else "refused"
         response.key, response.problem, response.request = key, problem.slug, request
+        if problem.slug == "rule-refused":
+            response.rule = str(problem.extensions.get("rule", ""))
         if request is not None and request.method == "HEAD":
             response.segments = ()
         return response

@@ -63,6 +63,7 @@ class Response:
     stored: bool = False  # from a committed entry
     client: Stated | bytes = NOTHING  # of the hot cache: what the client states, or the head that states it
     problem: str | None = None
+    rule: str = ""  # of the delivery rules, that refused it
     began: float = 0.0
     first_byte: float | None = None
 

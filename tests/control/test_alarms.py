@@ -31,6 +31,8 @@ WELL = {
     "addresses": "full",
     "cluster": (),
     "unsent": (),
+    "sick": 0,
+    "clients": 100,
 }
 
 
@@ -52,6 +54,7 @@ class Collector(AlarmCollector):
             upstream=[SimpleNamespace(name=name) for name in known.upstreams],
             cache=SimpleNamespace(max_size=1000, min_free=100),
             reports=SimpleNamespace(addresses=known.addresses),
+            alarms=SimpleNamespace(sick_share=5),
         )
         state = SimpleNamespace(
             dependencies=dependencies,
@@ -75,6 +78,11 @@ class Collector(AlarmCollector):
                 newest=lambda _n: [("c", known.last_seen)], counts=lambda _now: {"7d": 5}
             ),
             malformed_events=0,
+            doctor=SimpleNamespace(
+                found=SimpleNamespace(
+                    sick=known.sick, clients=known.clients, counts={"behind": 4, "no-delta": 0, "refused": 2}
+                )
+            ),
             notifications=SimpleNamespace(problems=lambda: known.unsent),
         )
         super().__init__(state)
@@ -143,6 +151,8 @@ SICK: list[tuple[str, dict, str, str]] = [
     ("wan-full", {"wan_used": 96}, "", "the WAN is full (100 B/s), and 3 fills wait"),
     ("clients-silent", {"last_seen": NOW - 90_000}, "",
      "no client has sent a request for 1 d 1 h; 5 did within the last week"),
+    ("clients-sick", {"sick": 6}, "",
+     "something seems to be wrong with 6 of 100 clients: behind 4, refused 2"),
     ("alarms-unsent", {"unsent": [("webhook", "it answered 500")]}, "webhook", "it answered 500"),
     ("events-lost", {"gained": {"gup_events_lost_total": 4, "malformed": 5}}, "",
      "9 messages from workers were lost within 10 minutes: figures of use are too low"),
@@ -152,6 +162,7 @@ SICK: list[tuple[str, dict, str, str]] = [
 
 def test_a_service_that_is_well_has_no_alarm():
     assert found() == []
+    assert found(sick=3, clients=3) == found(sick=4, clients=1000) == found(sick=49, clients=1000) == []
     assert found(upstreams={}, unmet={}, unstored=(NOW - 601, TOO_LARGE)) == []
 
 

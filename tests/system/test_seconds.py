@@ -8,6 +8,7 @@ import pytest
 from harness.clients import RawConnection
 from harness.commands import command
 from harness.content import content_path, noise, zip_of
+from harness.faults import planned
 from harness.processes import until
 from harness.upstreams import Answer, Gate
 
@@ -267,6 +268,19 @@ def test_the_download_queue_and_the_rate_of_clients(serve):
     (queued,) = [one for one in spells if one["phases"].get("download_queue", 0) > 0.2]
     (other,) = [one["client"] for one in spells if one is not queued]
     assert queued["behind"]["download_queue"] == [other]
+
+
+def test_a_disk_that_is_slow(serve):
+    path, body = content_path("disk.zip"), zip_of("disk", 3_000_000)
+    slow = planned({"call": "rename", "path": "content/*/*/*/*/*", "do": f"sleep:{HELD}"})
+    gup, _ = serve({path: Answer(body, etag='"d"')}, workers=1, env=slow, reports={"slow": "200ms"})
+    client = Asking(lambda: gup.get(path))
+    client.join()
+    file = ended(gup, path)
+    for one in (file["times"], *file["slow"]):
+        assert one["phases"]["disk"] >= 0.9 * HELD
+        assert one["seconds"] <= client.seconds + 0.1
+    assert "for the disk" in file["times"]["said"]
 
 
 def test_they_survive_a_power_cut_and_hashed_names(serve):

@@ -765,6 +765,34 @@ class Timeline(Report):
     shares: list[AgeShare] = Field(description="The newest first.")
 
 
+class SickClient(Response):
+    """What is wrong with a client."""
+
+    address: str
+    finding: Literal["repeated-full", "no-delta", "behind", "refused", "unfinished"]
+    product: str | None = Field(description="The stream, or what it asked for; null: see `seen`.")
+    moniker: str | None
+    what: str = Field(description="The revision, the file or the rule.")
+    times: int
+    first_at: float
+    last_at: float
+    seen: str
+    cause: str = Field(description="The likely cause.")
+    what_to_do: str
+
+
+class SickReport(Report):
+    """Clients that something seems to be wrong with."""
+
+    clients: int = Field(description="Clients seen within two weeks.")
+    left_out: int = Field(description="Of them, addresses of several machines.")
+    sick: int = Field(description="Clients with a finding.")
+    findings: dict[str, int] = Field(description="Clients by finding.")
+    examined_at: float
+    examined_seconds: float
+    rows: list[SickClient] = Field(description="500 of a finding at most.")
+
+
 class TrafficByCause(Traffic):
     sent: dict[str, int] = Field(description="By source.")
     received: dict[str, int] = Field(description="By purpose.")

@@ -9,6 +9,7 @@ from gup.control.api import schemas
 from gup.control.api.endpoint import Count, Days, Endpoint, Request, Table, Text
 from gup.control.state import ControlState
 from gup.control.stats.client_records import WINDOWS
+from gup.control.stats.doctor import FINDINGS
 from gup.control.stats.history import (
     EARLIER,
     SPANS,
@@ -70,6 +71,32 @@ async def content(state: ControlState, _query: Form) -> schemas.ContentReport:
 async def restarts(state: ControlState, _query: Form) -> schemas.RestartReport:
     """Clients that took a client patch and may need a restart."""
     return await state.reports.restarts()
+
+
+async def sick(state: ControlState, _query: Form) -> schemas.SickReport:
+    """Clients that something seems to be wrong with: what was seen, the likely cause, what to do."""
+    found = await state.doctor.look()
+    rows = [
+        schemas.SickClient(
+            address=row.client,
+            finding=row.finding,
+            product=None if row.stream is None else " ".join(state.label(row.stream)),
+            moniker=None if row.stream is None else row.stream[2],
+            **{name: getattr(row, name) for name in ("what", "times", "first_at", "last_at", "seen")},
+            **FINDINGS[row.finding]._asdict(),
+        )
+        for row in found.rows
+    ]
+    return schemas.SickReport(
+        **state.reports.head(),
+        clients=found.clients,
+        left_out=found.left_out,
+        sick=found.sick,
+        findings=dict(found.counts),
+        examined_at=found.at,
+        examined_seconds=round(found.seconds, 3),
+        rows=rows,
+    )
 
 
 async def saved(state: ControlState, query: Ledger) -> schemas.Savings:
@@ -154,11 +181,19 @@ _RESTARTS = Table(
     ),
     lambda report: report["restart_pending"],
 )
+_SICK = Table(
+    (
+        *("address", "finding", "product", "moniker", "what", "times", "first_at", "last_at"),
+        *("seen", "cause", "what_to_do"),
+    ),
+    lambda report: report["rows"],
+)
 _SAVINGS = Table(("day", "product", "language", "kind", *_BYTES, *_WASTED.values()), _savings_rows)
 ENDPOINTS = (
     Endpoint("GET", "/api/v1/clients", clients),
     Endpoint("GET", "/api/v1/report/content", content, csv=_CONTENT),
     Endpoint("GET", "/api/v1/report/clients", restarts, csv=_RESTARTS),
+    Endpoint("GET", "/api/v1/report/sick", sick, csv=_SICK),
     Endpoint("GET", "/api/v1/report/savings", saved, csv=_SAVINGS),
     Endpoint("GET", "/api/v1/savings", saved, csv=_SAVINGS),
     Endpoint("GET", "/api/v1/history", history),

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, tzinfo
+from functools import partial
 from heapq import nlargest
 from operator import itemgetter
 from pathlib import Path
@@ -66,6 +67,7 @@ class Viewer:
             "restarts": Kept(10.0, state.reports.restarts),
             "seconds": Kept(2.0, self._seconds),
             "ages": Kept(60.0, self._ages),
+            "sick": Kept(10.0, partial(statistics.sick, state, statistics.Form.model_validate({}))),
         }
 
     async def view(self) -> dict[str, Any]:

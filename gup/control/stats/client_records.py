@@ -26,10 +26,11 @@ from gup.content.releases import Releases
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
 from gup.control.entry_table import stream_of
-from gup.control.events import Part, Take, Taken
+from gup.control.events import Part, Take, Taken, Usage
 from gup.control.eviction import JUMP_SECONDS
 from gup.control.stats import timeline
 from gup.control.stats.database import StatsDatabase
+from gup.control.stats.doctor import OF_CLIENTS, Habits, forget, write_habits
 from gup.control.stats.history import prune_days
 from gup.control.traffic import revision_time
 from gup.upstream.bandwidth import site_time
@@ -137,10 +138,11 @@ class Batch:
 
         By client, stream, revision, the revision that it came from, and whether it took the body whole.
         """
+        self.habits = Habits()
 
     @property
     def _full(self) -> bool:
-        return len(self.seen) + len(self.asked) >= MAX_PENDING
+        return len(self.seen) + len(self.asked) + len(self.habits) >= MAX_PENDING
 
     def absorb(self, newer: "Batch") -> None:
         """Add a newer batch to this one, which could not be written; as far as there is room."""
@@ -148,6 +150,8 @@ class Batch:
             self.see(client, *seen)
         for what, asked in newer.asked.items():
             self._ask(what, asked)
+        if not self._full:
+            self.habits.absorb(newer.habits)
 
     def see(self, client: str, at: float, version: str = "", language: str = "") -> None:
         if client in self.seen or not self._full:
@@ -165,7 +169,30 @@ class Batch:
         revision = content_revision(Kind.DELTA if step else kind, take.key.revision, take.key.file)
         if revision is not None and _is_dated(revision, at):
             came_from = step.from_revision if step and _is_dated(step.from_revision, at) else ""
-            self._ask((take.client, stream_of(take.key), revision, came_from, whole), (at, take.version))
+            stream = stream_of(take.key)
+            self._ask((take.client, stream, revision, came_from, whole), (at, take.version))
+            if take.client in self.seen and not self._full:
+                self._note_habits(take, stream, revision, at, kind=kind, is_delta=bool(step), whole=whole)
+
+    def _note_habits(
+        self, take: Take, stream: Stream, revision: str, at: float, *, kind: Kind, is_delta: bool, whole: bool
+    ) -> None:
+        if whole and is_delta:
+            self.habits.deltas.add((take.client, stream))
+        elif whole and kind is Kind.FULL:
+            self.habits.full(take.client, stream, revision, at)
+        if isinstance(take.sent, Part) or (whole and (take.client, stream) in self.habits.parts):
+            self.habits.part(take.client, stream, take.key.text, at, whole=whole)
+
+    def refuse(self, client: str, rule: str, stream: str, times: int, at: float) -> None:
+        self.see(client, at)
+        if client in self.seen and not self._full:
+            self.habits.refuse(client, rule, stream, times, at)
+
+    def share(self, client: str) -> None:
+        """The client's address stands for many."""
+        if client in self.seen:
+            self.habits.shared.add(client)
 
     def _ask(self, what: tuple[str, Stream, str, str, bool], asked: tuple[float, str]) -> None:
         if what[0] in self.seen and not self._full:
@@ -228,6 +255,10 @@ DELETE FROM takes WHERE (stream, revision) IN (SELECT stream, revision FROM (
 def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
     """Write a batch. Streams beyond MAX_STREAMS are left out."""
     members = ("name", "at", "version", "language")
+    known = "SELECT version FROM clients WHERE name = ?"
+    naming = [name for name, (_, version, _) in batch.seen.items() if version]
+    before = {name: db.execute(known, (name,)).fetchone() for name in naming}
+    stated = {name: row[0] for name, row in before.items() if row is not None}
     db.executemany(
         _SEE, [dict(zip(members, (name, *seen), strict=True)) for name, seen in batch.seen.items()]
     )
@@ -243,8 +274,9 @@ def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
         if stream in streams
     ]
     taken = [row for row in asked if row["whole"]]
-    for statement, rows in ((_ASK, asked), (_STAND, taken), (_TAKE, taken)):
-        db.executemany(statement, rows)
+    for statement, written in ((_ASK, asked), (_STAND, taken), (_TAKE, taken)):
+        db.executemany(statement, written)
+    write_habits(db, batch.habits, batch.seen, clients, streams, stated)
     if asked:
         timeline.note(db, ((row["stream"], row["client"]) for row in asked), max(row["at"] for row in asked))
 
@@ -255,6 +287,7 @@ def prune(db: sqlite3.Connection, now: float, retention_seconds: float, max_clie
     db.execute(_FORGET, (oldest, max_clients))
     db.execute("DELETE FROM takes WHERE taken_at < ?", (oldest,))
     db.execute(_FORGET_TAKES, (KEPT_REVISIONS,))
+    forget(db, oldest)
     _drop_orphans(db)
 
 
@@ -281,7 +314,8 @@ def rename_slow(db: sqlite3.Connection, new_name: Callable[[str], str]) -> None:
 
 def _drop_orphans(db: sqlite3.Connection) -> None:
     """Delete the rows of deleted clients, and streams without standings."""
-    db.execute("DELETE FROM standings WHERE client NOT IN (SELECT id FROM clients)")
+    for table in ("standings", *OF_CLIENTS):
+        db.execute(f"DELETE FROM {table} WHERE client NOT IN (SELECT id FROM clients)")  # noqa: S608
     db.execute("DELETE FROM takes WHERE client NOT IN (SELECT id FROM clients)")
     db.execute("DELETE FROM streams WHERE id NOT IN (SELECT stream FROM standings)")
 
@@ -378,6 +412,15 @@ class Reports:
         for client in clients:
             if (name := self.name_of(client)) is not None:
                 self._batch.see(name, self._clock())
+
+    def note(self, usage: Usage) -> None:
+        """Clients that were seen, that share an address, or that a rule refused."""
+        self.see(usage.clients)
+        for client in filter(None, map(self.name_of, usage.shared)):
+            self._batch.share(client)
+        for refused in usage.refused:
+            if (name := self.name_of(refused.client)) is not None:
+                self._batch.refuse(name, refused.rule, refused.stream, refused.times, self._clock())
 
     def take(self, taken: Taken) -> None:
         at = min(taken.at, self._clock())
@@ -522,7 +565,7 @@ class Reports:
         await self.write_clients()
         held = dict(self._held())
         content = await self._database.run(lambda db: list(self._streams(db, held)))
-        return schemas.ContentReport(**self._head(), content=content)
+        return schemas.ContentReport(**self.head(), content=content)
 
     def _streams(self, db: sqlite3.Connection, held: Mapping[Stream, str]) -> Iterator[schemas.StreamReport]:
         """Reports on the streams that clients asked for or that are held."""
@@ -599,7 +642,7 @@ class Reports:
             ]
             counts = Counter(row.state for row in found)
             return schemas.RestartReport(
-                **self._head(),
+                **self.head(),
                 clients=[schemas.ClientGroup(**row) for row in db.execute(_GROUPS)],
                 catalogue_known=any(labels.values()),
                 pending=counts["pending"],
@@ -630,7 +673,7 @@ class Reports:
 
         return await self._database.run(look)
 
-    def _head(self) -> dict[str, Any]:
+    def head(self) -> dict[str, Any]:
         return {
             "at": self._clock(),
             "addresses": self.mode,

@@ -25,7 +25,7 @@ from gup.config import Settings
 from gup.control.api.schemas import StreamTraffic, TrafficByCause
 from gup.control.dependencies import ControlDependencies
 from gup.control.eviction import JUMP_SECONDS
-from gup.control.stats import timeline
+from gup.control.stats import doctor, timeline
 from gup.control.stats.database import StatsDatabase
 from gup.metrics import (
     CODES_OF_RESULT,
@@ -333,7 +333,9 @@ def _add_to_point(
 
 _TIMES = (
     *(("clients", "first_at"), ("clients", "seen_at")),
-    *(("slow", "at"), ("standings", "taken_at"), ("standings", "asked_at"), ("takes", "taken_at")),
+    ("slow", "at"),
+    *doctor.TIMES,
+    *(("standings", "taken_at"), ("standings", "asked_at"), ("takes", "taken_at")),
 )
 
 

@@ -8,7 +8,7 @@ import json
 import sqlite3
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +31,7 @@ from gup.phases import ELSEWHERE, rounded, split
 from gup.units import bytes_in_words, time_in_words
 
 MOST_KEPT = 5000
-_MOST_FILLS = 2000
+_MOST_FILLS, _MOST_LAST = 500, 2000
 _MOST_PENDING = 10_000
 _MOST_NAMED = 5
 SHOWN = 20
@@ -112,10 +112,12 @@ class Timings:
         spell.told["outcome"] = "stored" if isinstance(event, Committed) else "failed"
         if isinstance(event, Ended):
             spell.told["outcome"] = "not stored"
+        if len(self._fills) == _MOST_FILLS and (times := self._fills[0].times) is not None:
+            self._fills[0].times = times.model_copy(update={"marks": ()})
         self._fills.append(spell)
         self._last.pop(spell.key, None)
         self._last[spell.key] = spell
-        if len(self._last) > _MOST_FILLS:
+        if len(self._last) > _MOST_LAST:
             self._last.popitem(last=False)
         if spell.seconds >= self._slow_seconds():
             self._pending.append(spell)
@@ -153,9 +155,9 @@ class Timings:
 
     def under_way(self, what: str) -> list[_Spell]:
         """Joined; the longest first."""
-        spells = [spell for spell in self._all_under_way() if spell.what == what]
+        spells, fills = [spell for spell in self._all_under_way() if spell.what == what], self._all_fills()
         for spell in spells:
-            self._join(spell)
+            self._join(spell, fills)
         return sorted(spells, key=lambda spell: -spell.seconds)
 
     def _all_under_way(self) -> Iterator[_Spell]:
@@ -166,27 +168,26 @@ class Timings:
             else:
                 yield from spells
 
-    def _join(self, spell: _Spell) -> None:
+    def _all_fills(self) -> dict[str, list[_Spell]]:
+        """The last ones and those under way, by key."""
+        found: dict[str, list[_Spell]] = {}
+        for one in (*self._fills, *(one for one in self._all_under_way() if one.what == "fill")):
+            found.setdefault(one.key, []).append(one)
+        return found
+
+    def _join(self, spell: _Spell, fills: dict[str, list[_Spell]]) -> None:
         """Split what it waited for fills of other processes, and say behind whom it waited."""
-        fills = [*self._fills, *(one for one in self._all_under_way() if one.what == "fill")]
-        own = [one for one in fills if one.key == spell.key and one.overlaps(spell.began, spell.stop)]
+        known = fills.get(spell.key, [])
+        own = [one for one in known if one.overlaps(spell.began, spell.stop)]
         if spell.waits:
             self._split(spell, own)
         if spell.phases.get("queue"):
             times = [spell.times] if spell.times is not None else [one.times for one in own]
             queued = [one.queued for one in times if one is not None and one.queued is not None]
-            spell.behind["queue"] = _named(
-                other.key
-                for other in fills
-                if other.key != spell.key and any(_held_within(other, interval) for interval in queued)
-            )
+            spell.behind["queue"] = _who_held(fills, spell.key, queued)
         if spell.phases.get("wan"):
-            spell.behind["wan"] = _named(
-                other.key
-                for other in fills
-                if other.key != spell.key
-                and any(one.times is not None and _held_within(other, one.times.held) for one in own)
-            )
+            held = [one.times.held for one in own if one.times is not None and one.times.held is not None]
+            spell.behind["wan"] = _who_held(fills, spell.key, held)
         spell.behind = {phase: names for phase, names in spell.behind.items() if names}
 
     def _split(self, spell: _Spell, fills: list[_Spell]) -> None:
@@ -212,11 +213,11 @@ class Timings:
         """Join what has ended, count it, and keep it. What the disk refuses is tried again."""
         if not self._pending:
             return
-        spells = list(self._pending)
+        spells, fills = list(self._pending), self._all_fills()
         self._pending.clear()
         for spell in spells:
             if not spell.told.get("joined"):
-                self._join(spell)
+                self._join(spell, fills)
                 spell.told["joined"] = True
                 if spell.what == "request":
                     for phase, seconds in spell.phases.items():
@@ -266,7 +267,7 @@ class Timings:
         """The fill under way or else the last one, and the slow requests."""
         fill = next((one for one in self.under_way("fill") if one.key == key), None)
         if fill is None and (fill := self._last.get(key)) is not None:
-            self._join(fill)
+            self._join(fill, self._all_fills())
         requests = [self.shown(one) for one in self.under_way("request") if one.key == key][:SHOWN]
         requests += await self.kept("key = ? AND what = 'request'", key)
         if fill is None:
@@ -344,9 +345,17 @@ def _held_within(other: _Spell, interval: tuple[float, float | None] | None) -> 
     return (stop is None or taken < stop) and (left is None or left > start)
 
 
-def _named(keys: Iterable[str]) -> list[str]:
-    """The last few."""
-    return list(dict.fromkeys(keys))[-_MOST_NAMED:]
+def _who_held(
+    fills: dict[str, list[_Spell]], but: str, intervals: Sequence[tuple[float, float | None]]
+) -> list[str]:
+    """The keys of some other fills that had slots within these intervals, the last ones first."""
+    found: list[str] = []
+    for key in reversed(fills) if intervals else ():
+        if key != but and any(_held_within(one, at) for one in fills[key] for at in intervals):
+            found.append(key)
+            if len(found) == _MOST_NAMED:
+                break
+    return found
 
 
 def _told(spell: _Spell) -> dict[str, Any]:
