@@ -113,7 +113,7 @@ class FullRequests(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """How often a delivery rule refused a client, the stream that it asked for, and what the client states."""
+    """How often a delivery rule refused a client, the stream that it asked for, and what it states."""
 
     client: Client
     rule: Stated
@@ -189,8 +189,8 @@ class Committed(Timed):
 
 class Usage(_Event):
     """What one worker's clients requested, once a second: `uses` of stored bodies, `asked` of others; `fulls`
-    by client, `refused` by rules, `clients` all that sent requests, `shared` those of them whose address stands
-    for many.
+    by client, `refused` by rules, `clients` all that sent requests, `shared` those of them whose address
+    stands for many.
     """
 
     type: Literal["used"] = "used"

@@ -853,7 +853,7 @@ class SickReport(Report):
     findings: dict[str, int] = Field(description="Clients by finding.")
     examined_at: float
     examined_seconds: float
-    rows: list[SickClient] = Field(description="1,000 at most.")
+    rows: list[SickClient] = Field(description="500 of a finding at most.")
 
 
 class TrafficByCause(Traffic):

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from gup.control.stats import doctor, timeline
+from gup.control.stats import timeline
 
 _log = logging.getLogger("gup.control.stats")
 _T = TypeVar("_T")
@@ -45,6 +45,19 @@ CREATE TABLE IF NOT EXISTS slow(id INTEGER PRIMARY KEY, at REAL NOT NULL, what T
 CREATE INDEX IF NOT EXISTS slow_key ON slow(key, id);
 CREATE INDEX IF NOT EXISTS slow_client ON slow(client, id);
 CREATE INDEX IF NOT EXISTS slow_what ON slow(what, id);
+CREATE TABLE IF NOT EXISTS habits(client INTEGER NOT NULL, stream INTEGER NOT NULL,
+  full_revision TEXT NOT NULL DEFAULT '', full_times INTEGER NOT NULL DEFAULT 0,
+  full_first_at REAL NOT NULL DEFAULT 0, full_last_at REAL NOT NULL DEFAULT 0,
+  fulls INTEGER NOT NULL DEFAULT 0, fulls_first_at REAL NOT NULL DEFAULT 0,
+  part_key TEXT NOT NULL DEFAULT '', parts INTEGER NOT NULL DEFAULT 0,
+  parts_first_at REAL NOT NULL DEFAULT 0, parts_last_at REAL NOT NULL DEFAULT 0,
+  PRIMARY KEY(client, stream)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS visits(client INTEGER PRIMARY KEY, day INTEGER NOT NULL, days INTEGER NOT NULL,
+  net TEXT NOT NULL, changes INTEGER NOT NULL DEFAULT 0, changed_at REAL NOT NULL DEFAULT 0,
+  shared_at REAL NOT NULL DEFAULT 0);
+CREATE TABLE IF NOT EXISTS refused(client INTEGER NOT NULL, rule TEXT NOT NULL, stream TEXT NOT NULL,
+  times INTEGER NOT NULL, first_at REAL NOT NULL, last_at REAL NOT NULL,
+  PRIMARY KEY(client, rule)) WITHOUT ROWID;
 """
 """Tables that a file of an earlier version lacks."""
 _BUSY_SECONDS = 5.0
@@ -144,7 +157,7 @@ class StatsDatabase:
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         elif found != _FORMAT:
             raise sqlite3.DatabaseError(f"its format is {found}, not {_FORMAT}")
-        connection.executescript(_LATER + doctor.LATER)
+        connection.executescript(_LATER)
         connection.executescript(f"BEGIN; {timeline.TABLES} COMMIT;")  # a file of an earlier version has none
 
     def _move_aside(self, why: str) -> None:

@@ -19,14 +19,13 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from heapq import nsmallest
+from typing import Any, Literal, NamedTuple
 
 from gup.content.catalog import Stream
+from gup.control.stats.database import StatsDatabase
 from gup.control.traffic import revision_time
 from gup.units import time_in_words
-
-if TYPE_CHECKING:
-    from gup.control.stats.database import StatsDatabase
 
 DAY = 86400.0
 Name = Literal["repeated-full", "no-delta", "behind", "refused", "unfinished"]
@@ -83,25 +82,11 @@ _RECENT = 14 * DAY
 _LAST_DAYS = 0b111
 _SEEN_DAYS = 2
 _CHANGES = 3
-SHOWN = 1000
+SHOWN = 500
+"""Clients shown of one finding."""
 _WEEK = 0b111_1111
 _TURN_SECONDS, _MOMENT_SECONDS, _REST_FACTOR = 10.0, 1.0, 50
 
-LATER = """
-CREATE TABLE IF NOT EXISTS habits(client INTEGER NOT NULL, stream INTEGER NOT NULL,
-  full_revision TEXT NOT NULL DEFAULT '', full_times INTEGER NOT NULL DEFAULT 0,
-  full_first_at REAL NOT NULL DEFAULT 0, full_last_at REAL NOT NULL DEFAULT 0,
-  fulls INTEGER NOT NULL DEFAULT 0, fulls_first_at REAL NOT NULL DEFAULT 0,
-  part_key TEXT NOT NULL DEFAULT '', parts INTEGER NOT NULL DEFAULT 0,
-  parts_first_at REAL NOT NULL DEFAULT 0, parts_last_at REAL NOT NULL DEFAULT 0,
-  PRIMARY KEY(client, stream)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS visits(client INTEGER PRIMARY KEY, day INTEGER NOT NULL, days INTEGER NOT NULL,
-  net TEXT NOT NULL, changes INTEGER NOT NULL DEFAULT 0, changed_at REAL NOT NULL DEFAULT 0,
-  shared_at REAL NOT NULL DEFAULT 0);
-CREATE TABLE IF NOT EXISTS refused(client INTEGER NOT NULL, rule TEXT NOT NULL, stream TEXT NOT NULL,
-  times INTEGER NOT NULL, first_at REAL NOT NULL, last_at REAL NOT NULL,
-  PRIMARY KEY(client, rule)) WITHOUT ROWID;
-"""
 OF_CLIENTS = ("habits", "visits", "refused")
 TIMES = (
     *(("habits", "full_first_at"), ("habits", "full_last_at"), ("habits", "fulls_first_at")),
@@ -354,8 +339,14 @@ def examine(
         left_out=db.execute(left_out, asked).fetchone()[0],
         counts={name: len(found) for name, found in clients.items()},
         sick=len(set().union(*clients.values())),
-        rows=sorted(rows, key=lambda row: (row.finding, -row.times, row.client))[:SHOWN],
+        rows=[row for name in FINDINGS for row in _first(name, rows)],
         seconds=time.monotonic() - began,
+    )
+
+
+def _first(name: Name, rows: Sequence[Sick]) -> list[Sick]:
+    return nsmallest(
+        SHOWN, (row for row in rows if row.finding == name), lambda row: (-row.times, row.client)
     )
 
 
@@ -454,7 +445,7 @@ class Doctor:
 
     def __init__(
         self,
-        database: "StatsDatabase",
+        database: StatsDatabase,
         clock: Callable[[], float],
         mode: Callable[[], str],
         write: Callable[[], Awaitable[None]],
