@@ -17,12 +17,22 @@ from gup.cache.purges import reserve_room
 from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.alarms import AlarmCollector
-from gup.control.api import archives, entries, holds, maintenance, past_revisions, statistics, status, why
+from gup.control.api import (
+    archives,
+    entries,
+    holds,
+    maintenance,
+    months,
+    past_revisions,
+    statistics,
+    status,
+    why,
+)
 from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, problem
 from gup.control.auth import Access, AccessRequest, is_near, presented, refusal
 from gup.control.dependencies import BusyError, ControlDependencies, change
 from gup.control.eviction import AgeClock
-from gup.control.page import live
+from gup.control.page import live, statement
 from gup.control.prefetch import LANES
 from gup.control.reconcile import reconcile
 from gup.control.state import ControlState
@@ -52,6 +62,8 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
         *archives.Archives().endpoints,
         *statistics.ENDPOINTS,
         *past_revisions.ENDPOINTS,
+        *months.ENDPOINTS,
+        *statement.ENDPOINTS,
         *maintenance.ENDPOINTS,
         *holds.ENDPOINTS,
         *why.ENDPOINTS,

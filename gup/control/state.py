@@ -43,6 +43,7 @@ from gup.control.prefetch import Prefetcher
 from gup.control.stats.client_records import ClientWindows, Reports
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.history import RateWindow, Recorder
+from gup.control.stats.incidents import Incidents
 from gup.control.traffic import Traffic
 from gup.jsonmodel import InvalidError
 from gup.metrics import MAX_STREAMS
@@ -187,6 +188,7 @@ class ControlState:
         self.database = StatsDatabase(dependencies.store.root, self.refusals.note)
         held = self.index.rows.newest_held
         self.reports = Reports(dependencies, self.database, clock, self._age_clock, held)
+        self.incidents = Incidents(self.database, clock)
         self.history = Recorder(dependencies, self.database, clock)
         self.fill_rates = FillRates()
         self.failures: deque[FailedFill] = deque(maxlen=_FAILURES)

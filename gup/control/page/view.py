@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, tzinfo
+from decimal import Decimal
 from heapq import nlargest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gup.content.catalog import Stream
 from gup.content.key import ABSENT, Kind
-from gup.control.api import schemas, statistics
+from gup.control.api import months, schemas, statistics
 from gup.control.api.status import status
 from gup.control.entry_table import Row
 from gup.control.state import ControlState
@@ -74,8 +75,15 @@ class Viewer:
             "zone": self._zone(),
             "status": await status(state),
             "not_ready": state.not_ready(),
+            "month": self._month(),
             "client_rate": state.history.clients.bytes_per_second(),
         } | {name: await kept.value() for name, kept in self._kept.items()}
+
+    def _month(self) -> str:
+        """The last whole month of which there is a statement, else the present one."""
+        state = self._state
+        installed_at = state.dependencies.installed_at
+        return months.chosen_month(None, state.clock(), installed_at, self._zone()).name
 
     def _zone(self) -> ZoneInfo | None:
         name = self._state.settings.site.time_zone
@@ -262,10 +270,11 @@ class Renderer:
             auto_reload=False,
         )
         environment.filters |= {
-            word.__name__: word for word in (size, rate, span, number, percent, iso, clock)
+            word.__name__: word for word in (size, rate, span, number, percent, iso, clock, amount)
         }
         names = (name.removesuffix(".html") for name in environment.list_templates())
         self._templates = {name: environment.get_template(f"{name}.html") for name in names}
+        self.statement_css = (_FOLDER / "static" / "statement.css").read_text()
         self.assets: dict[str, Asset] = {}
         for name, (folder, content_type) in _FILES.items():
             if (path := _FOLDER / folder / name).is_file():
@@ -283,6 +292,10 @@ class Renderer:
             name: self._templates.get(name, self._templates["chart"]).render(view, m=macros, part=name)
             for name in names
         }
+
+    def document(self, name: str, **values: Any) -> str:
+        """A document that is not the page."""
+        return self._templates[name].render(values)
 
     def page(self, view: Mapping[str, Any]) -> str:
         return self._templates["page"].render(
@@ -328,6 +341,11 @@ def percent(part: float) -> str:
     decimals = 1 if 0 < abs(hundredth) < 10 or 99 < hundredth < 100 else 0
     shown = min(hundredth, 99.9) if hundredth < 100 else hundredth
     return f"{shown:.{decimals}f}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")
+
+
+def amount(money: str) -> str:
+    """An exact amount of money: `1,234.50`."""
+    return f"{Decimal(money):,.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def iso(at: float) -> str:

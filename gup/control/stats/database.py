@@ -39,6 +39,16 @@ CREATE TABLE about(name TEXT PRIMARY KEY, value REAL NOT NULL);
 CREATE TABLE points(step INTEGER NOT NULL, at INTEGER NOT NULL, number INTEGER NOT NULL, fields TEXT NOT NULL,
   PRIMARY KEY(step, at)) WITHOUT ROWID;
 """
+_LATER = (
+    timeline.TABLES
+    + """
+CREATE TABLE IF NOT EXISTS incidents(id TEXT PRIMARY KEY, name TEXT NOT NULL, severity TEXT NOT NULL,
+  subject TEXT NOT NULL, began_at REAL NOT NULL, ended_at REAL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS incidents_began ON incidents(began_at);
+CREATE TABLE IF NOT EXISTS covered(day TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID;
+"""
+)
+"""Tables that files of earlier versions do not have."""
 _BUSY_SECONDS = 5.0
 _REFUSALS = (
     *(sqlite3.SQLITE_FULL, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY),
@@ -136,7 +146,7 @@ class StatsDatabase:
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         elif found != _FORMAT:
             raise sqlite3.DatabaseError(f"its format is {found}, not {_FORMAT}")
-        connection.executescript(f"BEGIN; {timeline.TABLES} COMMIT;")  # a file of an earlier version has none
+        connection.executescript(f"BEGIN; {_LATER} COMMIT;")
 
     def _move_aside(self, why: str) -> None:
         """Rename the file, replacing an earlier renamed one."""
