@@ -419,9 +419,7 @@ def test_addresses_with_ports_in_both_families(toml):
 @pytest.mark.parametrize(
     ("given", "price"), [("0.1", "0.1"), ("1e-05", "0.00001"), ('"12.50"', "12.50"), ("3", "3")]
 )
-def test_a_price_is_as_it_is_written(tmp_path, given, price):
+def test_a_price_is_as_it_is_written(toml, given, price):
     """Not the nearest binary fraction of it."""
-    file = tmp_path / "gup.toml"
-    file.write_text(f"[reports]\nprice_per_gb = {given}\n")
-    settings, problems = read(file, {})
+    settings, problems = read(toml(f"[reports]\nprice_per_gb = {given}\n"), environment={})
     assert (problems, settings.reports.price_per_gb) == ([], price)
