@@ -144,6 +144,10 @@ def test_paths_are_absolute(monkeypatch, tmp_path):
         ('[cache]\nverify = "never"', ["cache.verify", "'never'", "'first_use'"]),
         ("[cache]\ndirectory = 5", ["cache.directory", "5", "a path"]),
         ("cache = 5", ["cache", "5", "a table"]),
+        ("[reports]\nprice_per_gb = -1", ["reports.price_per_gb", "-1", '"0.08"']),
+        ("[reports]\nprice_per_gb = 0.12345678", ["reports.price_per_gb", "6 after the point"]),
+        ("[reports]\nprice_per_gb = inf", ["reports.price_per_gb", "an amount"]),
+        ('[reports]\ncurrency = "a b"', ["reports.currency", "without spaces"]),
         ('[wan]\nrate = "8"', ["wan.rate", "'8'", '"8MB/s"']),
         ('[wan]\nrate = "8B/s"', ["wan.rate", "'8B/s'", "1kB/s"]),
         ("[listen]\nport = 70000", ["listen.port", "70000", "65535"]),
@@ -410,3 +414,12 @@ def test_mistakes_in_a_cluster_say_what_would_be_right(toml, line, sentence):
 def test_addresses_with_ports_in_both_families(toml):
     listen = load(toml(CLUSTER + 'listen = "[::]:3000"\n'), environment={}).cluster
     assert (listen.listen, listen.listen_address) == ("[::]:3000", ("::", 3000))
+
+
+@pytest.mark.parametrize(
+    ("given", "price"), [("0.1", "0.1"), ("1e-05", "0.00001"), ('"12.50"', "12.50"), ("3", "3")]
+)
+def test_a_price_is_as_it_is_written(toml, given, price):
+    """Not the nearest binary fraction of it."""
+    settings, problems = read(toml(f"[reports]\nprice_per_gb = {given}\n"), environment={})
+    assert (problems, settings.reports.price_per_gb) == ([], price)

@@ -65,6 +65,8 @@ _EXAMPLES: dict[str, Any] = {
     "site": "lyon",
     "node": "gup-1",
     "address": "http://10.0.0.5:2969",
+    "price_per_gb": "0.08",
+    "currency": "EUR",
 }
 """Values that the reference shows for keys without a default."""
 

@@ -1,7 +1,9 @@
 """`gup report`: tables, CSV or JSON of a running service's reports."""
 
+import json
 from collections.abc import Callable
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlencode
 from zoneinfo import ZoneInfo
@@ -9,6 +11,7 @@ from zoneinfo import ZoneInfo
 import typer
 
 from gup.cli.shared import (
+    FAILED,
     UNUSABLE,
     Columns,
     Commands,
@@ -121,6 +124,38 @@ def sizing(
     """What stores of other sizes would have saved, by a replay of the recorded demand."""
     asked: dict[str, Any] = {"days": days, **({"sizes": ",".join(size)} if size else {})}
     _report("sizing", where, csv_output, json_output, _show_sizing, _REPLAY_SECONDS, **asked)
+
+
+def statement(
+    *,
+    month: Annotated[
+        str | None, typer.Option(metavar="YYYY-MM", help="The month; default: the last whole one.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it to this file; default: standard output.")
+    ] = None,
+    where: Where,
+    json_output: JsonFlag = False,
+) -> None:
+    """A month for those who pay the link: savings, money, incidents; one HTML file, for print too.
+
+    With --json its figures. An existing file is replaced.
+    """
+    query = "?" + urlencode({} if month is None else {"month": month})
+    with asking(where) as admin:
+        if json_output:
+            text = json.dumps(admin.ask("GET", f"report/month{query}"), indent=2, ensure_ascii=False) + "\n"
+            body = text.encode()
+        else:
+            body = b"".join(admin.pieces("GET", f"report/statement{query}"))
+    if output is None:
+        typer.echo(body, nl=False)
+        return
+    try:
+        output.write_bytes(body)
+    except OSError as error:
+        typer.echo(f"gup: {output}: it can't be written: {error.strerror or error}", err=True)
+        raise typer.Exit(FAILED) from error
 
 
 def _report(

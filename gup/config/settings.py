@@ -9,6 +9,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
@@ -529,6 +530,20 @@ class Log(Section):
     access_sample: Positive = row(100, "With sampled access each worker logs one hit in so many.")
 
 
+def _price(value: object) -> object:
+    """Numbers as they are written: 0.1 in TOML is a tenth, not the nearest binary fraction."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{Decimal(repr(value)):f}"
+    return value
+
+
+_PRICE_IS = 'must be an amount such as "0.08": at most 9 digits, and 6 after the point'
+Price = Annotated[str, BeforeValidator(_price), _printable(r"[0-9]{1,9}(\.[0-9]{1,6})?", _PRICE_IS)]
+Currency = Annotated[
+    str, _printable(r"[^\s]{0,12}", "must be at most 12 printable characters without spaces")
+]
+
+
 class Reports(Section):
     """Records of clients and of the bytes saved, for `gup report`."""
 
@@ -544,6 +559,11 @@ class Reports(Section):
         35 * DAY, "How long it is recorded what was asked for, for `gup report sizing`; 0 records nothing."
     )
     ledger: Timeout = row(400 * DAY, "How long the savings of single days are kept; older ones are added up.")
+    price_per_gb: Price | None = row(
+        None,
+        "What a gigabyte (10^9 bytes) over the WAN costs, for the statement; without it no money is shown.",
+    )
+    currency: Currency = row("", 'Of that price, such as "EUR".')
     timeline: Timeout = row(
         400 * DAY, "How long it is kept which client had which revision when; also of clients not seen since."
     )

@@ -208,6 +208,7 @@ class AlarmCollector:
         state.traffic.look()
         state.alarms = self._board.look(self.find(disk), state.clock(), self._clock())
         await state.notifications.look(state.alarms)
+        await state.incidents.look(state.alarms)
 
     def find(self, disk: DiskUsage) -> Findings:
         yield from self._of_upstreams()

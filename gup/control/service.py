@@ -23,6 +23,7 @@ from gup.control.api import (
     entries,
     holds,
     maintenance,
+    months,
     past_revisions,
     sizing,
     statistics,
@@ -33,7 +34,7 @@ from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, proble
 from gup.control.auth import Access, AccessRequest, is_near, presented, refusal
 from gup.control.dependencies import BusyError, ControlDependencies, change
 from gup.control.eviction import AgeClock
-from gup.control.page import live
+from gup.control.page import live, statement
 from gup.control.prefetch import LANES
 from gup.control.reconcile import reconcile
 from gup.control.state import ControlState
@@ -64,6 +65,8 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
         *statistics.ENDPOINTS,
         *past_revisions.ENDPOINTS,
         *sizing.ENDPOINTS,
+        *months.ENDPOINTS,
+        *statement.ENDPOINTS,
         *maintenance.ENDPOINTS,
         *holds.ENDPOINTS,
         *budget.ENDPOINTS,

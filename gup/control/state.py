@@ -52,6 +52,7 @@ from gup.control.stats.database import StatsDatabase
 from gup.control.stats.demand import DemandRecord
 from gup.control.stats.doctor import Doctor
 from gup.control.stats.history import RateWindow, Recorder
+from gup.control.stats.incidents import Incidents
 from gup.control.stats.timings import Timings
 from gup.control.traffic import Traffic
 from gup.jsonmodel import InvalidError
@@ -203,6 +204,7 @@ class ControlState:
         self.database = StatsDatabase(dependencies.store.root, self.refusals.note)
         held = self.index.rows.newest_held
         self.reports = Reports(dependencies, self.database, clock, self._age_clock, held)
+        self.incidents = Incidents(self.database, clock)
         self.history = Recorder(dependencies, self.database, clock)
         self.doctor = Doctor(
             self.database, clock, lambda: self.reports.mode, self.reports.write_clients, self.label

@@ -19,7 +19,7 @@ with warnings.catch_warnings():
 
 schemathesis.serializer.alias("application/x-tar", "application/octet-stream")
 EXAMPLES = 12
-OPAQUE = {"cursor", "upstream", "moniker", "of", "client", "at"}
+OPAQUE = {"cursor", "upstream", "moniker", "of", "client", "at", "month"}
 FREE = ("/api/v1/import", "/api/v1/prefetch")
 """No schema tells which cursors were given out, which names there are, what an archive or a path is."""
 ENDLESS = ("/api/v1/events",)

@@ -109,3 +109,42 @@ def test_without_addresses_it_says_so(serve):
     take(gup, 2, FULLS[0])
     assert "reports.addresses is off" in report(gup, "--client", "127.0.0.2")
     assert "reports.addresses is off" in report(gup) or "no clients were counted" in report(gup)
+
+
+def test_the_statement_of_a_month(serve, tmp_path):
+    gup, _ = serve(
+        ANSWERS,
+        rules={"mode": "off"},
+        site={"time_zone": "UTC"},
+        reports={"price_per_gb": 1000, "currency": "EUR"},
+    )
+    for path in FULLS:
+        for client in (2, 3):
+            take(gup, client, path)
+    sent = sum(2 * len(ANSWERS[path].body) for path in FULLS)
+    gup.wait_metric(sent, "gup_client_sent_bytes_total")
+    month = time.strftime("%Y-%m", time.gmtime())
+    figures = json.loads(on(gup, "report", "statement", "--month", month, "--json").stdout)
+    traffic = figures["traffic"]
+    assert (traffic["sent_bytes"], figures["so_far"]) == (sent, True)
+    assert traffic["received_bytes"] == gup.metrics()("gup_upstream_received_bytes_total")
+    assert figures["saved_money"] == f"{traffic['saved_bytes'] / 1e6:.2f}"
+    file = tmp_path / "month.html"
+    done = on(gup, "report", "statement", "--month", month, "--output", file)
+    assert (done.returncode, done.stdout) == (0, "")
+    text = file.read_text()
+    assert text.startswith("<!doctype html>")
+    assert f"{figures['saved_money']} EUR" in text
+    assert "The month is not over" in text
+    assert "<!doctype html>" in on(gup, "report", "statement", "--month", month).stdout
+    page = fetch(gup.admin, "/").body.decode()
+    assert f"/api/v1/report/statement?month={month}" in page
+    for wrong, words in (
+        ("2099-01", "has not begun"),
+        ("1999-01", "nothing to tell"),
+        ("May", "not a month"),
+    ):
+        done = on(gup, "report", "statement", "--month", wrong)
+        assert (done.returncode, words in done.stderr) == (1, True), done
+    done = on(gup, "report", "statement", "--month", month, "--output", tmp_path / "none" / "x.html")
+    assert (done.returncode, "can't be written" in done.stderr) == (1, True)

@@ -3,7 +3,7 @@
 import re
 import sqlite3
 from collections.abc import Iterator
-from datetime import date, datetime
+from datetime import datetime
 from ipaddress import ip_address
 from typing import Any, Literal
 from zoneinfo import ZoneInfo
@@ -18,7 +18,7 @@ from gup.control.api.endpoint import Days, Endpoint, Table, Text
 from gup.control.api.statistics import Form
 from gup.control.state import ControlState
 from gup.control.stats import timeline
-from gup.control.stats.timeline import CLASSES, DAY, Change, Share
+from gup.control.stats.timeline import CLASSES, DAY, Change
 from gup.control.traffic import revision_time
 
 SAYING = (
@@ -232,7 +232,7 @@ def _site(state: ControlState, db: sqlite3.Connection, query: Moment, moment: fl
         latest = max((share.at for share in found), default=None)
         found = [share for share in found if share.at == latest]
     elif days > _HOURLY_DAYS:
-        found = last_of_days(found, zone_of(state))
+        found = timeline.last_of_days(found, zone_of(state))
     note = None
     if not found and moment is not None:
         note = "no clients were counted then: gup was off, or was not yet installed"
@@ -260,15 +260,6 @@ def _site(state: ControlState, db: sqlite3.Connection, query: Moment, moment: fl
 
 
 _nobody: dict[str, Any] = dict.fromkeys(("product", "version", "language", "moniker"))
-
-
-def last_of_days(found: list[Share], zone: ZoneInfo | None) -> list[Share]:
-    """Of each day in the site's time zone the last hour that was counted; `found` is in order of time."""
-    last: dict[date, int] = {}
-    for share in found:
-        last[datetime.fromtimestamp(share.at, zone).date()] = share.at
-    kept = set(last.values())
-    return [share for share in found if share.at in kept]
 
 
 # --- as a table

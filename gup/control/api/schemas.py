@@ -886,6 +886,79 @@ class Savings(Response):
     days: list[DayTraffic] = Field(description="The newest first.")
 
 
+class MonthDay(Traffic):
+    day: str
+    due_seconds: float = Field(description="For how long gup could count: since installed, until now.")
+    covered_seconds: float | None = Field(description="For how long it did; null where that is not known.")
+    ages: dict[str, int] | None = Field(
+        description="Clients by age of their revision, all counts of the day added up; null without one."
+    )
+
+
+class StreamBehind(Response):
+    product: str
+    language: str
+    counts: int
+    counts_behind: int = Field(description="Of them, those in which something newer was known than held.")
+    within_a_day: float | None = Field(description="Share of clients with today's or yesterday's revision.")
+    at_newest: float | None = Field(description="Share of clients at the newest revision known.")
+
+
+class IncidentSum(Response):
+    name: str = Field(description="The alarm.")
+    said: str = Field(description="What it means, in plain words.")
+    severity: str
+    subject: str | None = Field(description="Which server; null for other kinds.")
+    count: int
+    seconds: float = Field(description="In this month, all together.")
+    longest_seconds: float
+    lasts: bool = Field(description="Whether one has not ended yet.")
+
+
+class PastIncident(Response):
+    name: str
+    said: str
+    subject: str | None
+    began_at: float
+    ended_at: float | None = Field(description="Null: it lasts.")
+    seconds: float = Field(description="In this month.")
+
+
+class MonthReport(Response):
+    """A month of the site, for those who pay the link."""
+
+    month: str
+    site: str
+    node: str | None = Field(description="In a cluster: whose figures these are.")
+    time_zone: str = Field(description='Of the month; "" is the machine\'s.')
+    since: float
+    until: float
+    so_far: bool = Field(description="Whether the month is not over yet.")
+    made_at: float
+    installed_at: float
+    traffic: TrafficByCause
+    price_per_gb: str | None = Field(description="reports.price_per_gb; null: no money is shown.")
+    currency: str | None
+    saved_money: str | None = Field(description="Saved bytes at that price, to the hundredth.")
+    days: list[MonthDay]
+    streams: list[StreamTraffic] = Field(description="The ten with the most bytes sent.")
+    covered_seconds: float | None = Field(description="For how long gup counted; null where unknown.")
+    due_seconds: float
+    clients_most: int | None = Field(description="The highest count of active clients.")
+    clients_mean: int | None
+    versions: list[ClientGroup] = Field(description="What clients state now, the ten most frequent.")
+    within_a_day: float | None
+    at_newest: float | None
+    counted_by: Literal["hour", "day"] = Field(description="Of months long past one count a day is kept.")
+    counts: int = Field(description="How often clients were counted.")
+    counts_behind: int = Field(description="Of them, when something newer was known than held.")
+    behind: list[StreamBehind]
+    incidents: list[IncidentSum]
+    notable: list[PastIncident] = Field(description="Critical ones and unreachable servers; 20 at most.")
+    incidents_since: float | None
+    reservations: list[str] = Field(description="What is to be known about these figures.")
+
+
 class HistoryPoint(Moved):
     """One minute or hour: bytes moved, the highest rates in it, and the state at its end."""
 

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, tzinfo
+from decimal import Decimal
 from functools import partial
 from heapq import nlargest
 from operator import itemgetter
@@ -19,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from gup.content.catalog import Stream
 from gup.content.key import ABSENT, Kind
-from gup.control.api import schemas, statistics
+from gup.control.api import months, schemas, statistics
 from gup.control.api.status import status
 from gup.control.entry_table import Row
 from gup.control.state import ControlState
@@ -78,10 +79,17 @@ class Viewer:
             "zone": self._zone(),
             "status": await status(state),
             "not_ready": state.not_ready(),
+            "month": self._month(),
             "client_rate": state.history.clients.bytes_per_second(),
             "phase_names": PHASE_NAMES,
             "sizing": state.sizing.shown(),
         } | {name: await kept.value() for name, kept in self._kept.items()}
+
+    def _month(self) -> str:
+        """The last whole month of which there is a statement, else the present one."""
+        state = self._state
+        installed_at = state.dependencies.installed_at
+        return months.chosen_month(None, state.clock(), installed_at, self._zone()).name
 
     def _zone(self) -> ZoneInfo | None:
         name = self._state.settings.site.time_zone
@@ -314,10 +322,12 @@ class Renderer:
             auto_reload=False,
         )
         environment.filters |= {
-            word.__name__: word for word in (size, rate, span, number, percent, iso, clock, seconds_in_words)
+            word.__name__: word
+            for word in (size, rate, span, number, percent, iso, clock, amount, seconds_in_words)
         }
         names = (name.removesuffix(".html") for name in environment.list_templates())
         self._templates = {name: environment.get_template(f"{name}.html") for name in names}
+        self.statement_css = (_FOLDER / "static" / "statement.css").read_text()
         self.assets: dict[str, Asset] = {}
         for name, (folder, content_type) in _FILES.items():
             if (path := _FOLDER / folder / name).is_file():
@@ -337,6 +347,10 @@ class Renderer:
             name: self._templates.get(name, self._templates["chart"]).render(view, m=macros, part=name)
             for name in names
         }
+
+    def document(self, name: str, **values: Any) -> str:
+        """A document that is not the page."""
+        return self._templates[name].render(values)
 
     def page(self, view: Mapping[str, Any]) -> str:
         return self._templates["page"].render(
@@ -391,6 +405,11 @@ def percent(part: float) -> str:
     decimals = 1 if 0 < abs(hundredth) < 10 or 99 < hundredth < 100 else 0
     shown = min(hundredth, 99.9) if hundredth < 100 else hundredth
     return f"{shown:.{decimals}f}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")
+
+
+def amount(money: str) -> str:
+    """An exact amount of money: `1,234.50`."""
+    return f"{Decimal(money):,.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 def iso(at: float) -> str:

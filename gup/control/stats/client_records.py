@@ -32,6 +32,7 @@ from gup.control.stats import timeline
 from gup.control.stats.database import StatsDatabase
 from gup.control.stats.doctor import OF_CLIENTS, Habits, forget, write_habits
 from gup.control.stats.history import prune_days
+from gup.control.stats.incidents import prune_incidents
 from gup.control.traffic import revision_time
 from gup.upstream.bandwidth import site_time
 
@@ -455,6 +456,7 @@ class Reports:
             oldest = site_time(settings, now) - timedelta(seconds=own.ledger)
             prune_days(db, oldest.date().isoformat())
             timeline.prune_shares(db, now, own.timeline)
+            prune_incidents(db, now - own.ledger)
             db.execute("PRAGMA incremental_vacuum").fetchall()
 
         await self._database.store("reports", forget)

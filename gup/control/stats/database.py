@@ -39,7 +39,9 @@ CREATE TABLE about(name TEXT PRIMARY KEY, value REAL NOT NULL);
 CREATE TABLE points(step INTEGER NOT NULL, at INTEGER NOT NULL, number INTEGER NOT NULL, fields TEXT NOT NULL,
   PRIMARY KEY(step, at)) WITHOUT ROWID;
 """
-_LATER = """
+_LATER = (
+    timeline.TABLES
+    + """
 CREATE TABLE IF NOT EXISTS slow(id INTEGER PRIMARY KEY, at REAL NOT NULL, what TEXT NOT NULL,
   key TEXT NOT NULL, client TEXT NOT NULL, seconds REAL NOT NULL, told TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS slow_key ON slow(key, id);
@@ -58,7 +60,12 @@ CREATE TABLE IF NOT EXISTS visits(client INTEGER PRIMARY KEY, day INTEGER NOT NU
 CREATE TABLE IF NOT EXISTS refused(client INTEGER NOT NULL, rule TEXT NOT NULL, stream TEXT NOT NULL,
   times INTEGER NOT NULL, first_at REAL NOT NULL, last_at REAL NOT NULL,
   PRIMARY KEY(client, rule)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS incidents(id TEXT PRIMARY KEY, name TEXT NOT NULL, severity TEXT NOT NULL,
+  subject TEXT NOT NULL, began_at REAL NOT NULL, ended_at REAL) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS incidents_began ON incidents(began_at);
+CREATE TABLE IF NOT EXISTS covered(day TEXT PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID;
 """
+)
 """Tables that a file of an earlier version lacks."""
 _BUSY_SECONDS = 5.0
 _REFUSALS = (
@@ -157,8 +164,7 @@ class StatsDatabase:
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         elif found != _FORMAT:
             raise sqlite3.DatabaseError(f"its format is {found}, not {_FORMAT}")
-        connection.executescript(_LATER)
-        connection.executescript(f"BEGIN; {timeline.TABLES} COMMIT;")  # a file of an earlier version has none
+        connection.executescript(f"BEGIN; {_LATER} COMMIT;")
 
     def _move_aside(self, why: str) -> None:
         """Rename the file, replacing an earlier renamed one."""

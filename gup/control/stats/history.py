@@ -221,6 +221,9 @@ def add_reading(db: sqlite3.Connection, reading: Reading, *, gains_only: bool = 
         db.execute("DELETE FROM days")
         db.execute("DELETE FROM marks")
         _log.warning("the counters were reset: savings begin at zero, the old ones are in table old_days")
+        since = None
+    read = db.execute("SELECT value FROM about WHERE name = 'read_at'").fetchone()
+    known = since is not None and read is not None and read[0] < reading.at
     about = (reading.installed_at, reading.at)
     db.execute("INSERT OR REPLACE INTO about VALUES('installed_at', ?), ('read_at', ?)", about)
     marks = dict(db.execute("SELECT series, value FROM marks"))
@@ -228,7 +231,7 @@ def add_reading(db: sqlite3.Connection, reading: Reading, *, gains_only: bool = 
     if gains_only:
         gained = {name: value for name, value in gained.items() if value > 0}
     began_today = replace(reading, at=reading.installed_at).today == reading.today
-    day = reading.today if marks or began_today else EARLIER
+    day = reading.today if marks or known or began_today else EARLIER
     rows = [(day, name, value) for name, value in gained.items()]
     db.executemany(f"INSERT INTO days VALUES(?, ?, ?) {_ADD_TO_DAY}", rows)
     db.executemany(
@@ -251,8 +254,26 @@ def days_until(db: sqlite3.Connection | None, reading: Reading) -> dict[str, Cou
     return dict(found)
 
 
+def add_covered(db: sqlite3.Connection, day: str, seconds: float) -> None:
+    """Of this day gup has counted for so many seconds more."""
+    db.execute(
+        "INSERT INTO covered VALUES(?, ?) "
+        "ON CONFLICT(day) DO UPDATE SET seconds = seconds + excluded.seconds",
+        (day, seconds),
+    )
+
+
+def covered_days(db: sqlite3.Connection, since: str, until: str) -> tuple[str | None, dict[str, float]]:
+    """The first day of which it is known how long gup counted; and for how many seconds on these days."""
+    (first,) = db.execute("SELECT min(day) FROM covered").fetchone()
+    return first, dict(
+        db.execute("SELECT day, seconds FROM covered WHERE day >= ? AND day <= ?", (since, until)).fetchall()
+    )
+
+
 def prune_days(db: sqlite3.Connection, oldest: str) -> None:
     """Add up the days before `oldest`."""
+    db.execute("DELETE FROM covered WHERE day < ?", (oldest,))
     old = {"earlier": EARLIER, "oldest": oldest}
     db.execute(
         "INSERT INTO days SELECT :earlier, series, sum(value) FROM days "  # noqa: S608
@@ -336,6 +357,7 @@ _TIMES = (
     ("slow", "at"),
     *doctor.TIMES,
     *(("standings", "taken_at"), ("standings", "asked_at"), ("takes", "taken_at")),
+    *(("incidents", "began_at"), ("incidents", "ended_at")),
 )
 
 
@@ -353,6 +375,7 @@ def take_back(db: sqlite3.Connection, reading: Reading) -> None:
     )
     db.execute("DELETE FROM days WHERE day > ?", (reading.today,))
     timeline.take_back(db, reading.at)
+    db.execute("DELETE FROM covered WHERE day > ?", (reading.today,))
     for step in KEPT:
         ahead = points_of(db, step, int(reading.at) + 1, math.inf)
         db.execute("DELETE FROM points WHERE step = ? AND at > ?", (step, reading.at))
@@ -397,6 +420,7 @@ class Recorder:
 
             def add(db: sqlite3.Connection) -> None:
                 seconds = self._catch_up(db, reading, own) if self._read_at is None else now - self._read_at
+                add_covered(db, reading.today, seconds)
                 before = db.execute("SELECT value FROM about WHERE name = 'read_at'").fetchone()
                 add_gain(db, reading.at, sums_of(add_reading(db, reading)), seconds, gauges)
                 # A clock before the installation is wrong itself: perhaps one without a battery, not yet set.

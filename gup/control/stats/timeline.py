@@ -17,6 +17,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, datetime, tzinfo
 from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
@@ -624,3 +625,12 @@ def shares(db: sqlite3.Connection, since: float, until: float) -> list[Share]:
         for row in rows
         if not row["stream"] or row["stream"] in names
     ]
+
+
+def last_of_days(found: list[Share], zone: tzinfo | None) -> list[Share]:
+    """Of each day in the site's time zone the last hour that was counted; `found` is in order of time."""
+    last: dict[date, int] = {}
+    for share in found:
+        last[datetime.fromtimestamp(share.at, zone).date()] = share.at
+    kept = set(last.values())
+    return [share for share in found if share.at in kept]
