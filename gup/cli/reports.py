@@ -126,6 +126,8 @@ def sizing(
     _report("sizing", where, csv_output, json_output, _show_sizing, _REPLAY_SECONDS, **asked)
 
 
+@report.command()
+@with_connection_flags
 def statement(
     *,
     month: Annotated[

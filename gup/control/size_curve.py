@@ -42,6 +42,7 @@ class ReplayError(GupError):
 async def run_replay(asked: Mapping[str, Any], most_seconds: float = _MOST_SECONDS) -> dict[str, Any]:
     """The answer of `gup.control.replay` as a process; it is killed when the caller is cancelled."""
     given = os.memfd_create("replay")
+    os.set_blocking(given, False)  # it is memory
     try:
         os.write(given, json.dumps(asked).encode())
         os.lseek(given, 0, os.SEEK_SET)

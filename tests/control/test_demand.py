@@ -346,7 +346,7 @@ async def test_damage_ends_a_file_and_nothing_else(world):
 async def test_groups_state_no_client(world):
     take = Take("10.1.2.3", A, "14.3", "French", 1)
     world.record.taken([take, take])
-    world.record.refused([Refused("10.1.2.3", A.stream, "14.2", "", 7)])
+    world.record.refused([Refused("10.1.2.3", "version", A.stream, "14.2", "", 7)])
     await world.record.write(everything=True)
     found = {group[:2]: group[3:] for group in read_groups(world.folder, 0.0)}
     assert found == {("14.3", "French"): (2, 0), ("14.2", ""): (0, 7)}

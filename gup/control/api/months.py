@@ -109,7 +109,7 @@ def chosen_month(text: str | None, now: float, installed_at: float, zone: ZoneIn
         today = datetime.fromtimestamp(now, zone)
         return month_of(today.year, today.month, zone)
     found = re.fullmatch(r"([0-9]{4})-(0[1-9]|1[0-2])", text)
-    if found is None or not 1970 < int(found[1]) < 9999:
+    if found is None or not 1970 <= int(found[1]) < 9999:
         raise web.HTTPBadRequest(text=f"month: {text!r:.40} is not a month such as 2026-10")
     month = month_of(int(found[1]), int(found[2]), zone)
     if month.since > now:
@@ -373,7 +373,8 @@ def _gaps(report: schemas.MonthReport) -> Iterator[str]:
     run: list[schemas.MonthDay] = []
     partly = 0.0
     for day in [*days, None]:
-        if day is not None and day.covered_seconds == 0 and day.due_seconds > _MISSED_SECONDS:
+        moved = day is not None and (day.sent_bytes or day.received_bytes)  # counted at the next start
+        if day is not None and day.covered_seconds == 0 and day.due_seconds > _MISSED_SECONDS and not moved:
             run.append(day)
             continue
         if run:
@@ -381,7 +382,7 @@ def _gaps(report: schemas.MonthReport) -> Iterator[str]:
             until = "" if len(run) == 1 else f" to {_day(run[-1].day)}"
             yield f"gup was switched off {whole} {_day(run[0].day)}{until}: nothing was counted."
             run = []
-        if day is not None and day.covered_seconds:
+        if day is not None and day.covered_seconds is not None:
             missed = day.due_seconds - day.covered_seconds
             partly += missed if missed > _MISSED_SECONDS else 0.0
     if partly:

@@ -15,7 +15,7 @@ from gup.control.state import ControlState
 from gup.control.stats.timeline import ACTIVE_SECONDS, DAY
 
 
-async def statement(request: web.Request, state: ControlState, query: MonthRequest) -> web.StreamResponse:
+async def statement(request: web.Request, state: ControlState, query: MonthRequest) -> web.Response:
     """A month's statement, as HTML."""
     report = await month_report(state, query)
     renderer = request.app[PAGE].renderer

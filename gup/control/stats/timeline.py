@@ -395,6 +395,7 @@ def kept(db: sqlite3.Connection, now: float, oldest: int) -> Kept:
     ).fetchone()
     if dropped and first is not None:
         since = max(since, first * DAY)
+    since = min(since, now)  # with a timeline of less than a day
     return Kept(since, since if thin is None else max(since, (thin + 1) * DAY))
 
 
