@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from heapq import nsmallest
 from typing import Any, Literal, NamedTuple
 
@@ -241,6 +242,7 @@ def forget(db: sqlite3.Connection, oldest: float) -> None:
         db.execute(f"DELETE FROM {table} WHERE last_at < ?", (oldest,))  # noqa: S608
 
 
+@lru_cache(20_000)
 def subnet(name: str) -> str:
     """The /24 or /64 of an address; "" for a hash."""
     try:
