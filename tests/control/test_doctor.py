@@ -216,7 +216,7 @@ def test_an_empty_history_and_a_file_of_an_earlier_version(tmp_path):
     assert site.found().rows == []
     site.database.close()
     with contextlib.closing(sqlite3.connect(site.database.path)) as db:
-        for table in ("habits", "visits", "refused", "slow"):
+        for table in ("habits", "visits", "refused", "deltas", "slow"):
             db.execute(f"DROP TABLE {table}")
     assert site.found().rows == []
     site.take("10.1.1.1", "260803003", days=3)
@@ -228,7 +228,7 @@ def test_what_is_old_is_forgotten(site):
     site.take("10.1.1.1", "260803003", days=3)
     site.change(lambda batch: batch.refuse("10.1.1.1", "language", MONIKER, 9, NOW))
     site.database.transact(lambda db: prune(db, NOW + 100 * DAY, 90 * DAY, 1000))
-    for table in ("clients", "habits", "visits", "refused"):
+    for table in ("clients", "habits", "visits", "refused", "deltas"):
         count = site.database.transact(
             lambda db, t=table: db.execute(f"SELECT count(*) FROM {t}").fetchone()[0]
         )

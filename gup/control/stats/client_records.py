@@ -179,7 +179,7 @@ class Batch:
         self, take: Take, stream: Stream, revision: str, at: float, *, kind: Kind, is_delta: bool, whole: bool
     ) -> None:
         if whole and is_delta:
-            self.habits.deltas.add((take.client, stream))
+            self.habits.deltas[take.client, stream] = at
         elif whole and kind is Kind.FULL:
             self.habits.full(take.client, stream, revision, at)
         if isinstance(take.sent, Part) or (whole and (take.client, stream) in self.habits.parts):

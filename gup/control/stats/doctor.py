@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from heapq import nsmallest
 from typing import Any, Literal, NamedTuple
 
@@ -91,6 +92,7 @@ OF_CLIENTS = ("habits", "visits", "refused")
 TIMES = (
     *(("habits", "full_first_at"), ("habits", "full_last_at"), ("habits", "fulls_first_at")),
     *(("habits", "parts_first_at"), ("habits", "parts_last_at")),
+    ("deltas", "last_at"),
     *(("refused", "first_at"), ("refused", "last_at"), ("visits", "changed_at"), ("visits", "shared_at")),
 )
 
@@ -103,7 +105,8 @@ class Habits:
 
     fulls: dict[tuple[str, Stream, str], list[float]] = field(default_factory=dict)
     """Whole fulls of a revision: how often, and when last."""
-    deltas: set[tuple[str, Stream]] = field(default_factory=set)
+    deltas: dict[tuple[str, Stream], float] = field(default_factory=dict)
+    """When the last one was taken."""
     parts: dict[tuple[str, Stream], tuple[str, int, float]] = field(default_factory=dict)
     """Requests for parts of one body: its key, how many since it was complete (0: it is), when last."""
     refusals: dict[tuple[str, str], tuple[str, int, float]] = field(default_factory=dict)
@@ -153,6 +156,9 @@ ON CONFLICT(client, stream) DO UPDATE SET
   fulls = fulls + (full_revision <> :revision OR fulls = 0), full_revision = :revision, full_last_at = :at
 """
 _DELTA = "UPDATE habits SET fulls = 0, fulls_first_at = 0 WHERE client = ? AND stream = ?"
+_LAST_DELTA = """
+INSERT INTO deltas VALUES(?, ?) ON CONFLICT(stream) DO UPDATE SET last_at = max(last_at, excluded.last_at)
+"""
 _PART = f"""
 INSERT INTO habits(client, stream, part_key, parts, parts_first_at, parts_last_at)
 VALUES(:client, :stream, :key, :times, :at, :at)
@@ -214,8 +220,9 @@ def write_habits(
     ]
     for statement, rows in ((_FULL, fulls), (_PART, parts)):
         db.executemany(statement, [row for row in rows if None not in row.values()])
-    deltas = [tuple(numbers(*row).values()) for row in habits.deltas]
+    deltas = {tuple(numbers(*row).values()): at for row, at in habits.deltas.items()}
     db.executemany(_DELTA, [row for row in deltas if None not in row])
+    db.executemany(_LAST_DELTA, [(stream, at) for (_, stream), at in deltas.items() if stream is not None])
     refusals = [
         {"client": clients[name], "rule": rule, "stream": stream, "times": times, "at": at}
         for (name, rule), (stream, times, at) in habits.refusals.items()
@@ -227,11 +234,15 @@ def write_habits(
 
 
 def forget(db: sqlite3.Connection, oldest: float) -> None:
-    """Delete what nothing was added to for so long."""
+    """Delete what nothing was added to for so long, and what belongs to no stream any more."""
+    for table in ("habits", "deltas"):
+        db.execute(f"DELETE FROM {table} WHERE stream NOT IN (SELECT id FROM streams)")  # noqa: S608
     db.execute("DELETE FROM habits WHERE max(full_last_at, parts_last_at) < ?", (oldest,))
-    db.execute("DELETE FROM refused WHERE last_at < ?", (oldest,))
+    for table in ("refused", "deltas"):
+        db.execute(f"DELETE FROM {table} WHERE last_at < ?", (oldest,))  # noqa: S608
 
 
+@lru_cache(20_000)
 def subnet(name: str) -> str:
     """The /24 or /64 of an address; "" for a hash."""
     try:
@@ -286,11 +297,9 @@ WHERE full_times >= {REPEATS} AND full_last_at > :recent AND {_ONE}
 """
 _NO_DELTA = f"""
 SELECT c.name, {_STREAM}, full_revision AS what, fulls AS times, fulls_first_at AS first,
-  full_last_at AS last, (SELECT came_from FROM standings s WHERE s.stream = h.stream AND s.client = h.client)
-  AS came_from {_OF_HABITS}
+  full_last_at AS last {_OF_HABITS}
 WHERE fulls >= {FULLS} AND full_last_at > :recent AND {_ONE}
-AND EXISTS (SELECT 1 FROM standings s WHERE s.stream = h.stream AND s.came_from <> ''
-  AND s.client <> h.client AND s.asked_at > :recent)
+AND EXISTS (SELECT 1 FROM deltas d WHERE d.stream = h.stream AND d.last_at > max(:recent, fulls_first_at))
 """  # noqa: S608 - constants of ours
 _UNFINISHED = f"""
 SELECT c.name, {_STREAM}, part_key AS what, parts AS times, parts_first_at AS first, parts_last_at AS last
@@ -358,8 +367,7 @@ def _of_habits(
         yield _sick("repeated-full", row, f"It took {of} {row['times']} times {_within(row)}.")
     for row in db.execute(_NO_DELTA, asked):
         text = f"It took {row['times']} full packages of {label(_stream(row))} {_within(row)}, and no delta"
-        from_ = f"; it asked for a delta from {row['came_from']}" if row["came_from"] else ""
-        yield _sick("no-delta", row, f"{text}{from_}. Other clients get deltas.")
+        yield _sick("no-delta", row, f"{text}. Other clients got deltas meanwhile.")
     for row in db.execute(_UNFINISHED, asked):
         file = row["what"].rsplit("/", 1)[-1]
         text = f"It requested parts of {file} of {label(_stream(row))} {row['times']} times {_within(row)}"
