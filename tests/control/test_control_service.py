@@ -39,7 +39,7 @@ async def test_the_page_is_whole_without_script_and_locked_down(world, browser):
         for path in re.findall(r'(?:src|href)="([^"#]+)"', text):
             async with browser.get(world.url + path) as answer:  # files of its own, nothing from elsewhere
                 assert path.startswith("/")
-                assert answer.status == 200, path
+                assert answer.status == 200, (path, await answer.text())
     assert "branch-7" in text
     assert "260101001" in text
     assert '<progress max="1000" value="250"' in text

@@ -8,6 +8,7 @@ import json
 import random
 import sqlite3
 from contextlib import closing
+from pathlib import Path
 from zoneinfo import ZoneInfo
 
 import pytest

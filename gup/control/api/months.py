@@ -54,6 +54,10 @@ PLAIN = {
     "member-unreachable": "A machine of the group could not be reached",
     "member-unlike": "The machines of the group had different settings",
     "orders-unknown": "It was not known whether stored updates had been withdrawn",
+    "budget-short": "The data allowance of the link will not last until the end of its period",
+    "budget-held": "The data allowance of the link was used up, and downloads were held back",
+    "outbreak": "Security updates were given priority over the limits of the link",
+    "clients-sick": "Something seemed to be wrong with many machines",
     "row-forged": "A machine outside of the group pretended to belong to it",
 }
 """What alarms mean, for those who pay the link."""

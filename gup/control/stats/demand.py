@@ -203,10 +203,7 @@ class DemandRecord:
     def refused(self, rows: Iterable[Refused]) -> None:
         """Requests that a rule refused."""
         for row in rows if self.on else ():
-            stream = normal_moniker(row.stream)
-            if stream is None:
-                continue
-            group = row.version, row.language, stream
+            group = row.version, row.language, normal_moniker(row.stream) or row.stream
             if group in self._refused or len(self._refused) < _MOST_GROUPS:
                 self._refused[group] += row.times
 
