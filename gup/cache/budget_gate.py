@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 
 from gup import config
 from gup.cache.scheduler import Class, class_of
+from gup.content.catalog import CLIENT_PATCHES, Label, opened_by_outbreak
 from gup.content.routes import Route
 from gup.errors import Problem
 from gup.metrics import Counters
@@ -24,23 +25,15 @@ UNKNOWN, COUNTING, CHEAP = 0, 1, 2
 _KNOWN_SECONDS = 3.0
 """The longest wait of a fill for the controller's first reading, after a start."""
 _POLL_SECONDS = 0.01
-_LONGEST_RETRY_SECONDS = 3600.0
+_LONGEST_RETRY_SECONDS = 900.0
 """An outbreak, or a larger budget, may let it through before the period is over."""
 _WORD_MASK = (1 << 64) - 1
 SLUG = "wan-budget"
 
 
-def held_class(route: Route, *, background: bool) -> str | None:
-    """The label of metrics; None for what is never held back."""
-    class_ = class_of(route)
-    if class_ is Class.INDEX:
-        return None
-    return "background" if background else "delta" if class_ is Class.DELTA else "full"
-
-
 class BudgetGate:
     """One process's view of the budget. `words` are the page's four, `received` is what all processes of this
-    gup have received; `is_definitions`: whether a stream's content is open in an outbreak.
+    gup have received.
     """
 
     def __init__(
@@ -53,8 +46,8 @@ class BudgetGate:
     ) -> None:
         self._words, self._budget, self._received = words, budget, received
         self._counters, self._wall_clock = counters, wall_clock
-        self.is_definitions: Callable[[Route], bool] = lambda _route: False
-        """Set by the process, which knows the catalogues."""
+        self.label: Callable[[Route], Label | None] = lambda _route: None
+        """What the catalogues say of it. Set by the process, which knows them."""
 
     @classmethod
     def of(
@@ -79,11 +72,25 @@ class BudgetGate:
 
     def frees(self, route: Route) -> bool:
         """Whether an outbreak opens everything for this content."""
-        return self.outbreak and self.is_definitions(route)
+        return self.outbreak and opened_by_outbreak(self.label(route))
+
+    def class_of(self, route: Route, *, background: bool) -> str | None:
+        """The label of metrics; None for what is never held back. Deltas of client patches count as fulls."""
+        class_ = class_of(route)
+        if class_ is Class.INDEX:
+            return None
+        if background:
+            return "background"
+        if class_ is not Class.DELTA:
+            return "full"
+        label = self.label(route) if self.holds("full") else None
+        return "full" if label is not None and label.type == CLIENT_PATCHES else "delta"
 
     @property
     def used_bytes(self) -> int:
-        return self._words[1] + self._received() & _WORD_MASK
+        used = self._words[1] + self._received() & _WORD_MASK
+        # Below zero for a moment while `gup upgrade` adds up the counters of earlier processes.
+        return used if used <= _WORD_MASK >> 1 else 0
 
     def holds(self, class_: str) -> bool:
         """Whether fills of a class are held back now, but for what an outbreak frees."""
@@ -95,22 +102,22 @@ class BudgetGate:
 
     async def refuse(self, route: Route, *, background: bool) -> None:
         """Problem when the fill must not begin now; it is counted then."""
-        if not self._budget().bytes:
+        if not self._budget().bytes or class_of(route) is Class.INDEX:
             return
         give_up_at = time.monotonic() + _KNOWN_SECONDS
         while self._words[0] == UNKNOWN and time.monotonic() < give_up_at:  # noqa: ASYNC110 - its memory
             await asyncio.sleep(_POLL_SECONDS)
-        class_ = held_class(route, background=background)
-        if class_ is not None and self.is_held(route, background=background):
+        class_ = self.class_of(route, background=background)
+        if class_ is not None and self.holds(class_) and not self.frees(route):
             self.count_held(class_)
             raise self._problem(class_)
 
+    def is_held(self, route: Route, *, background: bool) -> bool:
+        class_ = self.class_of(route, background=background)
+        return class_ is not None and self.holds(class_) and not self.frees(route)
+
     def count_held(self, class_: str) -> None:
         self._counters.add("gup_wan_budget_held_back_total", **{"class": class_})
-
-    def is_held(self, route: Route, *, background: bool) -> bool:
-        class_ = held_class(route, background=background)
-        return class_ is not None and self.holds(class_) and not self.frees(route)
 
     def _problem(self, class_: str) -> Problem:
         budget, used, now = self._budget(), self.used_bytes, self._wall_clock()

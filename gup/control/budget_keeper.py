@@ -209,7 +209,8 @@ class BudgetKeeper:
 
     def _saying(self, shown: schemas.Budget, now: float) -> str:
         settings = self._dependencies.settings()
-        used, per = bytes_in_words(shown.used_bytes), f"this {shown.per}"
+        used = bytes_in_words(shown.used_bytes)
+        per = "today" if shown.per == "day" else "this month"
         if shown.bytes is None:
             return f"{used} {per}; no budget is set (wan.budget.bytes)"
         words = f"{used} of {bytes_in_words(shown.bytes)} used {per} ({shown.used_bytes / shown.bytes:.0%})"

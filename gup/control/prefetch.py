@@ -471,6 +471,7 @@ class Prefetcher:
             detail = problem.detail
             if problem.slug == BUDGET:
                 outcome, detail, item.tries = Outcome.QUEUED, HELD_BACK, item.tries - 1
+                item.due_at = self._clock() + _LOOK_SECONDS  # another node may know of a larger use
             elif problem.status in (404, 410):
                 outcome = Outcome.ABSENT
             elif item.tries < _TRIES:

@@ -17,7 +17,6 @@ from gup.cache.streams import read_streams
 from gup.cluster.member_list import Members, read_members, write_members
 from gup.cluster.share import Classes
 from gup.config import Settings
-from gup.content.catalog import opened_by_outbreak
 from gup.content.key import ANY, Variant
 from gup.content.routes import Route
 from gup.content.rules import Rulebook
@@ -88,9 +87,7 @@ class Controller(ChildProcess):
             lambda name, etag, modified: fetch_catalogue(self.pool, name, etag, modified),
             lambda: self.page.raise_epoch(POLICY_EPOCH),
         )
-        self.budget.is_definitions = lambda route: opened_by_outbreak(
-            catalogues.label((ANY, ANY, route.stream), route.file)
-        )
+        self.budget.label = lambda route: catalogues.label((ANY, ANY, route.stream), route.file)
         self.pool.lists = lambda name, moniker: catalogues.catalogues.listed(name, moniker) is not None
         self._durability = Durability(
             self.store.root,

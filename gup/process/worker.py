@@ -15,7 +15,6 @@ from gup.cache.fair_shares import FairShares, Shared
 from gup.cache.locks import Slots
 from gup.client_names import ClientNames, read_key
 from gup.config import Settings
-from gup.content.catalog import opened_by_outbreak
 from gup.content.key import ANY
 from gup.process.child import Message, Parent
 from gup.process.shared_memory import (
@@ -80,8 +79,8 @@ class Worker(ChildProcess):
         self._policy = Policy(self.dependencies, lambda: self.words[POLICY_EPOCH], hot_cache.drop)
         policy = self._policy
         self.pool.lists = lambda name, moniker: policy.choices.catalogues.listed(name, moniker) is not None
-        self.budget.is_definitions = lambda route: opened_by_outbreak(
-            policy.choices.catalogues.label((ANY, ANY, route.stream), route.file)
+        self.budget.label = lambda route: policy.choices.catalogues.label(
+            (ANY, ANY, route.stream), route.file
         )
         handler = Handler(
             self.dependencies, self.cache, self._policy, hot_cache, downloads, self._access_log, self.node

@@ -3,6 +3,7 @@
 import asyncio
 import ipaddress
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -127,7 +128,7 @@ async def _known(
         times=times,
         slow=slow,
     )
-    for about in (_said_of_the_store, _said_of_fills, _said_of_clients):
+    for about in (_said_of_the_store, _said_of_fills, _said_of_the_budget, _said_of_clients):
         known.said += about(state, known)
     return known
 
@@ -207,6 +208,17 @@ def _said_of_fills(state: ControlState, known: schemas.KnownFile) -> Iterator[st
     for row in state.rejections():
         if row.key == known.key:
             yield f"{row.upstream} sent a body that can't be this file, {_ago(state, row.at)}: {row.detail}."
+
+
+def _said_of_the_budget(state: ControlState, known: schemas.KnownFile) -> Iterator[str]:
+    if known.stored or not state.settings.wan.budget.bytes:
+        return
+    with suppress(Problem):  # a key that no path leads to any more
+        route, gate = state.prefetcher.route(known.path), state.dependencies.gate
+        if gate.is_held(route, background=False):
+            yield f"The WAN's budget holds it back: {state.budget.standing().saying}."
+        elif gate.is_held(route, background=True):
+            yield f"The WAN's budget holds its prefetch back: {state.budget.standing().saying}."
 
 
 def _said_of_clients(state: ControlState, known: schemas.KnownFile) -> Iterator[str]:
