@@ -18,6 +18,7 @@ connection or address; for a client that takes no more; gup's own work."""
 _MARKED = (*FILL_PHASES, ELSEWHERE)
 _STEP_SECONDS = 0.25
 MOST_MARKS = 48
+_MOST_WAITS = 4
 Mark = tuple[float, ...]
 """A time, and the seconds that each of FILL_PHASES, and ELSEWHERE, had taken by then."""
 MARK_LENGTH = 1 + len(_MARKED)
@@ -142,16 +143,17 @@ class FillClock(PhaseClock):
 
 
 class RequestClock(PhaseClock):
-    """The clock of a request that has to wait."""
+    """The clock of a request that has to wait. Its waits for fills are split only if somebody asks."""
 
-    __slots__ = ("_fill", "_wait", "behind", "elsewhere", "key")
+    __slots__ = ("_closed", "_fill", "_wait", "behind", "elsewhere", "key")
 
     def __init__(self, clock: Callable[[], float], phase: str, began: float | None = None) -> None:
         super().__init__(clock, phase, began)
         self._fill: FillClock | None = None
         self._wait: Wait | None = None
+        self._closed: list[tuple[FillClock, Wait]] = []
         self.elsewhere: list[Wait] = []
-        """The waits for fills of other processes."""
+        """The waits for fills of other processes; a few."""
         self.behind: tuple[str, ...] = ()
         """The clients that had the download slots when it queued for one."""
         self.key = ""
@@ -163,9 +165,15 @@ class RequestClock(PhaseClock):
             self.enter(what)
             return
         if what is not self._fill:
-            self.split()
+            self.close_wait()
             self._fill = what
         self.enter(ELSEWHERE)
+
+    def close_wait(self) -> None:
+        """The waits for a fill until now are one; later ones are split by what the fill does then."""
+        if self._wait is not None and self._fill is not None:
+            self._closed.append((self._fill, self._wait))
+        self._wait = None
 
     def _leave(self, now: float) -> None:
         if self.phase == ELSEWHERE:
@@ -174,18 +182,25 @@ class RequestClock(PhaseClock):
         super()._leave(now)
 
     def split(self) -> None:
-        """Split the time that it has waited for the fill by what that did meanwhile."""
+        """Split the time that it has waited for fills by what those did meanwhile."""
         if self.phase == ELSEWHERE:
             self._leave(self._clock())
-        wait, self._wait = self._wait, None
-        if wait is None or self._fill is None:
-            return
-        parts = split(self._fill.marks(), wait)
-        self._spent = dict(Counter(self._spent) + Counter(parts))
-        left = parts.get(ELSEWHERE, 0.0)
-        self._spent[ELSEWHERE] = max(0.0, self._spent.get(ELSEWHERE, 0.0) - wait[2])
-        if left > 0:
-            self.elsewhere.append((*wait[:2], left))
+        self.close_wait()
+        closed, self._closed = self._closed, []
+        for fill, wait in closed:
+            parts = split(fill.marks(), wait)
+            self._spent = dict(Counter(self._spent) + Counter(parts))
+            self._spent[ELSEWHERE] = max(0.0, self._spent.get(ELSEWHERE, 0.0) - wait[2])
+            if (left := parts.get(ELSEWHERE, 0.0)) > 0:
+                self._note_elsewhere(*wait[:2], left)
+
+    def _note_elsewhere(self, start: float, stop: float, seconds: float) -> None:
+        """What follows at once, or would be one too many, is added to the last one."""
+        last = self.elsewhere[-1] if self.elsewhere else None
+        if last is not None and (start <= last[1] or len(self.elsewhere) >= _MOST_WAITS):
+            self.elsewhere[-1] = last[0], stop, last[2] + seconds
+        else:
+            self.elsewhere.append((start, stop, seconds))
 
 
 def split(marks: Sequence[Mark], wait: Wait) -> dict[str, float]:

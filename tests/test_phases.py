@@ -75,7 +75,7 @@ def test_a_request_has_the_phases_of_the_fill_that_it_waited_for():
         fill.enter(phase)
         time.now += 2.0
     request.enter("client")
-    request.split()
+    request.close_wait()
     time.now += 5.0
     fill.enter("receiving")
     request.wait_for(fill)
@@ -97,3 +97,19 @@ def test_a_wait_for_another_processs_fill_is_told_as_it_is():
     request.enter("sending")
     request.split()
     assert (request.spent, request.elsewhere) == ({ELSEWHERE: 2.0}, [(0.0, 2.0, 2.0)])
+
+
+def test_many_looks_at_a_long_wait_leave_a_few_waits():
+    time = Time(0.0)
+    fill, request = FillClock(time), RequestClock(time, "disk")
+    fill.enter(ELSEWHERE)
+    for _ in range(100):
+        request.wait_for(fill)
+        time.now += 1.0
+        request.split()
+        request.enter("client")
+        time.now += 0.1
+    request.enter("sending")
+    assert len(request.elsewhere) <= 4
+    assert sum(seconds for _, _, seconds in request.elsewhere) == pytest.approx(100.0)
+    assert request.spent == pytest.approx({ELSEWHERE: 100.0, "client": 10.0})

@@ -327,7 +327,7 @@ class Cache:
             self._count_waiters(-1)
             if waits is not None:
                 waits.enter("disk")
-                waits.split()
+                waits.close_wait()
 
     def _count_waiters(self, change: int) -> None:
         self._deps.counters.words[self._waiters_at] += change

@@ -57,6 +57,8 @@ _MOST_CHANGES = 2
 """A fill is given up when upstream's body changes more often than this while it is fetched."""
 _COMMIT_TRIES = 50
 _COMMIT_PAUSE_SECONDS = 0.2
+_COUNTED_SECONDS = 0.001
+"""A shorter phase is not counted: most fills are small ones."""
 _TOLD_SECONDS = 0.1
 """The times of shorter fills that are neither stored nor fail are only counted."""
 _EXPECTED = frozenset({"upstream-not-found", "upstream-gone"})
@@ -975,7 +977,7 @@ class Leader:
         times = self._times
         times.stop()
         for phase, seconds in times.spent.items():
-            if phase in FILL_PHASES:
+            if seconds >= _COUNTED_SECONDS and phase in FILL_PHASES:
                 self._deps.counters.observe("gup_fill_phase_seconds", seconds, phase=phase)
         if not self._has_told and times.seconds >= _TOLD_SECONDS:
             self._deps.tell({"type": "ended", "key": self._key.text} | times.told())

@@ -152,10 +152,18 @@ class AccessLog:
         spent = times.spent
         if spent.get(ELSEWHERE, 0.0) < _TRIFLE_SECONDS:  # the moment since the split
             spent["sending"] = spent.get("sending", 0.0) + spent.pop(ELSEWHERE, 0.0)
-        behind = [self._names.of(client.split()[0]) for client in times.behind]
         seconds = round(sum(spent.values()), 6)
         own = [self._names.of(peer), times.key, round(times.began, 6), seconds, rounded(spent)]
-        return [*own, times.elsewhere, behind if self._names.mode != "off" else []]
+        return [*own, times.elsewhere, [name for client in times.behind if (name := self._sharer(client))]]
+
+    def _sharer(self, client: str) -> str:
+        """The name of who shares with others (Connection.client); "" if it has none that may be told."""
+        address, _, network = client.split(maxsplit=1)[0].partition("/")
+        return (
+            ""
+            if self._names.mode == "off" or (network and self._names.mode != "full")
+            else (self._names.of(address))
+        )
 
     def under_way(self) -> list[list[object]]:
         """Slow requests that are not answered yet, the oldest first: rows of an UnderWay."""

@@ -290,6 +290,8 @@ class Connection:
                 self._send(context.handler.refuse(problem, keep_alive=True), began)
                 return True
             if ticket.slot is None:
+                self._response = context.access_log.of_row(row, b"", span, client, began)
+                self._response.first_byte = None  # logged if the client leaves
                 self._queue(ticket, lambda: self._send_span(row, span, client, began), began, row.key_text)
                 return True
         self._send_span(row, span, client, began)

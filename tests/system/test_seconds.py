@@ -244,10 +244,12 @@ def test_a_wrong_address_is_told_so(shared):
     assert gup.api("/api/v1/why?of=::ffff:10.0.0.1")[1]["client"] == "10.0.0.1"
 
 
+@pytest.mark.long
 def test_the_download_queue_and_the_rate_of_clients(serve):
     path, body = content_path("full.zip"), zip_of("full", 1_000_000)
+    large = content_path("full.zip", revision="260801002")
     gup, _ = serve(
-        {path: Answer(body, etag='"f"')},
+        {path: Answer(body, etag='"f"'), large: Answer(zip_of("large", 8_000_000), etag='"l"')},
         workers=1,
         reports={"slow": "200ms"},
         clients={"max_downloads": 1, "rate": "2MB/s"},
@@ -268,8 +270,18 @@ def test_the_download_queue_and_the_rate_of_clients(serve):
     (queued,) = [one for one in spells if one["phases"].get("download_queue", 0) > 0.2]
     (other,) = [one["client"] for one in spells if one is not queued]
     assert queued["behind"]["download_queue"] == [other]
+    with RawConnection(gup.data, source="127.0.0.2") as one:
+        one.begin(large, 1)
+        with RawConnection(gup.data, source="127.0.0.3") as two:
+            two.ask(path)
+            running = until(lambda: gup.api("/api/v1/why?of=127.0.0.3")[1]["slow"], "it is seen in the queue")
+            assert "for a download slot (clients.max_downloads) behind 127.0.0.2" in running[0]["said"]
+    (left,) = until(lambda: slow("127.0.0.3"), "that it left the queue is known")
+    adds_up(left)
+    assert "broken off" in left["said"]
 
 
+@pytest.mark.long
 def test_a_disk_that_is_slow(serve):
     path, body = content_path("disk.zip"), zip_of("disk", 3_000_000)
     slow = planned({"call": "rename", "path": "content/*/*/*/*/*", "do": f"sleep:{HELD}"})
@@ -283,6 +295,7 @@ def test_a_disk_that_is_slow(serve):
     assert "for the disk" in file["times"]["said"]
 
 
+@pytest.mark.long
 def test_they_survive_a_power_cut_and_hashed_names(serve):
     path, gate = content_path("kept.zip"), Gate()
     settings = {"reports": {"slow": "100ms"}}

@@ -27,6 +27,7 @@ def report(gup):
     return found
 
 
+@pytest.mark.long
 def test_refused_clients_ring_an_alarm_and_are_shown_everywhere(serve):
     settings = {"rules": {"unlisted": "refuse"}, "catalog": {"refresh": "1h"}}
     gup, _ = serve({INDEX: Answer(CATALOGUE)}, workers=2, **settings)
