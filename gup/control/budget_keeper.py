@@ -236,7 +236,8 @@ class BudgetKeeper:
         shown, now = self.standing(), self._clock()
         if shown.bytes is None:
             return
-        if shown.held_back:
+        until_cheap = self._dependencies.settings().wan.budget.background == 0  # as it was set: no alarm
+        if shown.held_back and not (until_cheap and shown.held_back == ["background"]):
             yield "budget-held", "", f"the WAN's budget: {shown.saying}"
             return
         gone = (now - shown.period_began_at) / max(1.0, shown.period_ends_at - shown.period_began_at)

@@ -108,6 +108,33 @@ def test_what_is_used_is_exact_whoever_is_killed_in_a_fill(serve):
     assert used(gup) == upstream.body_bytes(BIG) == gup.metric("gup_wan_budget_used_bytes")
 
 
+@pytest.mark.long
+def test_an_upgrade_in_mid_fill_keeps_the_count(serve):
+    """Old and new processes count at the same time, each into its own file."""
+    gate = Gate()
+    bodies = {content_path("full.zip", revision=f"2609{n:02}001"): zip_of(str(n), 300_000) for n in range(10)}
+    slow = Answer(BODY, gates=((HALF, gate),))
+    own = {"PYTHONDONTWRITEBYTECODE": "1"}  # interpreters of its own: see test_swap
+    gup, upstream = serve({BIG: slow, **bodies}, env=own, each={"health_interval": "0s"}, **set_to("10MB"))
+
+    def sent():
+        return sum(map(upstream.body_bytes, [BIG, *bodies]))
+
+    reader, response = gup.begin(BIG, 1000)
+    gate.wait_reached()
+    done = on(gup, "upgrade")
+    assert done.returncode == 0, done.stderr
+    for path, body in bodies.items():
+        gup.serves(path, body)
+    wait_used(gup, HALF + 3_000_000)
+    gate.open()
+    assert reader.finish(response).body == BODY
+    wait_used(gup, sent())
+    gup.kill()
+    gup.start()
+    assert used(gup) == sent() == LENGTH + 3_000_000
+
+
 def test_fulls_are_held_back_first_then_deltas_and_index_files_never(serve):
     gup, upstream = serve(
         FILES, each={"health_interval": "0s"}, **set_to("1MB", background="40%", fulls="60%")
