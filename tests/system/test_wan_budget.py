@@ -203,6 +203,27 @@ def test_what_is_under_way_is_not_cut_and_joined(serve):
     assert second.finish(joined).body == BODY
 
 
+def test_what_waits_for_a_slot_is_held_back_when_those_before_it_have_used_it_up(serve):
+    gate = Gate()
+    gup, upstream = serve(
+        {**FILES, BIG: Answer(BODY, gates=((1000, gate),))},
+        each={"health_interval": "0s"},
+        fill={"max": 1},
+        **set_to("1MB"),
+    )
+    first, response = gup.begin(BIG)
+    gate.wait_reached()
+    waiting = gup.connect()
+    waiting.send(f"GET {OTHER_FULL} HTTP/1.1\r\nHost: gup\r\n\r\n".encode())
+    gup.wait_metric(1, "gup_fills_in_progress")
+    until(lambda: gup.api(f"/api/v1/why?of={quote(OTHER_FULL)}")[1]["files"][0]["waiting"], "it is queued")
+    gate.open()
+    assert first.finish(response).body == BODY
+    assert_problem(waiting.response(), 503, "wan-budget")
+    assert not upstream.requests(OTHER_FULL)
+    assert gup.metric("gup_fills_in_progress") == 0
+
+
 def test_background_fills_wait_and_go_on_in_cheap_hours(serve):
     gup, upstream = serve(FILES, each={"health_interval": "0s"}, **set_to("1MB", background="0%"))
     code, answer = gup.api("/api/v1/prefetch", "POST", given={"path": DELTA})
