@@ -245,6 +245,34 @@ def test_a_schedules_hours_are_checked_and_its_missing_and_wrong_keys_named(toml
     assert named == ["days#2", "from", "to"]
 
 
+BUDGETS = [
+    ('bytes = "50"', ["wan.budget.bytes", "'50'", "1kB"]),
+    ('bytes = "-1GB"', ["wan.budget.bytes"]),
+    ('per = "week"', ["wan.budget.per", "'week'", "'month' or 'day'"]),
+    ("begins = 0", ["wan.budget.begins", "0"]),
+    ("begins = 32", ["wan.budget.begins", "32"]),
+    ("fulls = 90", ["wan.budget.fulls", "90", '"70%"']),
+    ('deltas = "1001%"', ["wan.budget.deltas", "1000%"]),
+    ('background = "95%"', ["background = 95%, fulls = 90%, deltas = 100%"]),
+    ('byte = "1GB"', ["wan.budget.byte", "did you mean bytes?"]),
+    ('cheap = [{days = ["mon"], from = "02:00"}]', ["wan.budget.cheap#1.to", "missing"]),
+    ('cheap = [{days = [], from = "02:00", to = "03:00"}]', ["wan.budget.cheap#1.days"]),
+]
+
+
+@pytest.mark.parametrize(("line", "words"), BUDGETS)
+def test_a_budgets_mistakes_are_told(toml, line, words):
+    (problem,) = problems_of(toml(f"[wan.budget]\n{line}\n"))
+    assert [word for word in words if word not in problem] == []
+
+
+def test_a_budget_is_read_from_the_file_and_the_environment(toml):
+    hours = '[[wan.budget.cheap]]\ndays = ["sun"]\nfrom = "02:00"\nto = "08:00"\n'
+    file = toml('[wan.budget]\nbytes = "50GB"\nfulls = "92.5%"\n' + hours)
+    budget = load(file, environment={"GUP_WAN__BUDGET__BEGINS": "12"}).wan.budget
+    assert (budget.bytes, budget.fulls, budget.begins, budget.cheap[0].to) == (5 * 10**10, 0.925, 12, "08:00")
+
+
 def test_all_mistakes_are_told_at_once_with_their_places(toml):
     file = toml('[cache]\nmax_size = "x"\n[log]\nlevel = "loud"\n')
     environment = {

@@ -22,7 +22,7 @@ from gup.units import bytes_in_words, time_in_words
 
 UNKNOWN, COUNTING, CHEAP = 0, 1, 2
 """Values of the page's word: before the controller's first reading; bytes count; cheap hours."""
-_KNOWN_SECONDS = 3.0
+_KNOWN_SECONDS = 10.0
 """The longest wait of a fill for the controller's first reading, after a start."""
 _POLL_SECONDS = 0.01
 _LONGEST_RETRY_SECONDS = 900.0

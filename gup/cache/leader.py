@@ -281,11 +281,13 @@ class Leader:
         """
         deps, fill, holds = self._deps, self._fill, self._holds
         await self._save_source(self._source)
-        if deps.settings.wan.budget.bytes and not self._may_spend:
-            if not self._is_under_way:
-                await deps.budget.refuse(fill.route, background=fill.background)
-            self._may_spend = True
+        counts = deps.settings.wan.budget.bytes and not self._may_spend and not self._is_under_way
+        if counts:
+            await deps.budget.refuse(fill.route, background=fill.background)
         await self._take_slot()
+        if counts:  # again: others may have used it up while this one was queued
+            await deps.budget.refuse(fill.route, background=fill.background)
+        self._may_spend = True
         self._count_in_progress(1)
         if anew:
             fill.order = deps.purges.stamp

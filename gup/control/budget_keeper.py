@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import date
 from functools import partial
 from typing import Literal
@@ -57,12 +57,14 @@ class BudgetKeeper:
         """Called when other classes are held back than before."""
         self._held: list[Held] = []
         node, now, run = dependencies.settings().cluster.node, clock(), dependencies.store.run
-        self.ledger = BudgetLedger(run, node, self._counts(), now, dependencies.settings())
+        self.ledger = BudgetLedger(
+            run, node, self._counts(dependencies.since_start()), now, dependencies.settings()
+        )
         self._publish(now)
 
-    def _counts(self) -> Counts:
+    def _counts(self, own: Mapping[str, int] | None = None) -> Counts:
         process = self._dependencies
-        return Counts(process.totals(), process.since_start(), process.started_at, process.installed_at)
+        return Counts(process.totals(), own or {}, process.started_at, process.installed_at)
 
     # --- periodic jobs
 
@@ -236,7 +238,8 @@ class BudgetKeeper:
         shown, now = self.standing(), self._clock()
         if shown.bytes is None:
             return
-        if shown.held_back:
+        until_cheap = self._dependencies.settings().wan.budget.background == 0  # as it was set: no alarm
+        if shown.held_back and not (until_cheap and shown.held_back == ["background"]):
             yield "budget-held", "", f"the WAN's budget: {shown.saying}"
             return
         gone = (now - shown.period_began_at) / max(1.0, shown.period_ends_at - shown.period_began_at)

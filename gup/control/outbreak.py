@@ -108,6 +108,7 @@ class OutbreakKeeper:
 
     async def end(self, by: str) -> tuple[str, ...]:
         book, missing = self._dependencies.book, tuple[str, ...]()
+        _log.info("the outbreak is ended by %s", by or "an operator")
         if book is not None:
             missing = await book.issue("outbreak-end", {"by": by})
         async with self._keeping:

@@ -6,6 +6,7 @@ none twice. Periods are sums of days: another `per` or `begins` finds what was u
 pure.
 """
 
+import contextlib
 import functools
 import json
 import logging
@@ -267,6 +268,7 @@ class Counts:
 
     totals: Mapping[str, int]
     own: Mapping[str, int]
+    """Needed by the constructor of BudgetLedger only."""
     started_at: float
     installed_at: float
 
@@ -324,7 +326,8 @@ class BudgetLedger:
             return read(_stored(), parse(text, FILE, _MOST_BYTES), FILE)
         except InvalidError as error:
             aside = self._path.with_name(f"{FILE}.damaged")
-            self._path.replace(aside)
+            with contextlib.suppress(OSError):
+                self._path.replace(aside)
             _log.warning("the use of the WAN's budget is not known: %s; the file is now %s", error, aside)
             return None
 
@@ -433,7 +436,8 @@ class BudgetLedger:
         found: Counter[date] = Counter()
         for row in self.nodes():
             for day, figures in row.days.items():
-                found[date.fromisoformat(day)] += figures[0] - (figures[1] if len(figures) > 1 else 0)
+                bytes_, cheap = (*figures, 0, 0)[:2]
+                found[date.fromisoformat(day)] += bytes_ - cheap
         return dict(found)
 
     # --- the file

@@ -108,6 +108,33 @@ def test_what_is_used_is_exact_whoever_is_killed_in_a_fill(serve):
     assert used(gup) == upstream.body_bytes(BIG) == gup.metric("gup_wan_budget_used_bytes")
 
 
+@pytest.mark.long
+def test_an_upgrade_in_mid_fill_keeps_the_count(serve):
+    """Old and new processes count at the same time, each into its own file."""
+    gate = Gate()
+    bodies = {content_path("full.zip", revision=f"2609{n:02}001"): zip_of(str(n), 300_000) for n in range(10)}
+    slow = Answer(BODY, gates=((HALF, gate),))
+    own = {"PYTHONDONTWRITEBYTECODE": "1"}  # interpreters of its own: see test_swap
+    gup, upstream = serve({BIG: slow, **bodies}, env=own, each={"health_interval": "0s"}, **set_to("10MB"))
+
+    def sent():
+        return sum(map(upstream.body_bytes, [BIG, *bodies]))
+
+    reader, response = gup.begin(BIG, 1000)
+    gate.wait_reached()
+    done = on(gup, "upgrade")
+    assert done.returncode == 0, done.stderr
+    for path, body in bodies.items():
+        gup.serves(path, body)
+    wait_used(gup, HALF + 3_000_000)
+    gate.open()
+    assert reader.finish(response).body == BODY
+    wait_used(gup, sent())
+    gup.kill()
+    gup.start()
+    assert used(gup) == sent() == LENGTH + 3_000_000
+
+
 def test_fulls_are_held_back_first_then_deltas_and_index_files_never(serve):
     gup, upstream = serve(
         FILES, each={"health_interval": "0s"}, **set_to("1MB", background="40%", fulls="60%")
@@ -174,6 +201,27 @@ def test_what_is_under_way_is_not_cut_and_joined(serve):
     gate.open()
     assert first.finish(response).body == BODY
     assert second.finish(joined).body == BODY
+
+
+def test_what_waits_for_a_slot_is_held_back_when_those_before_it_have_used_it_up(serve):
+    gate = Gate()
+    gup, upstream = serve(
+        {**FILES, BIG: Answer(BODY, gates=((1000, gate),))},
+        each={"health_interval": "0s"},
+        fill={"max": 1},
+        **set_to("1MB"),
+    )
+    first, response = gup.begin(BIG)
+    gate.wait_reached()
+    waiting = gup.connect()
+    waiting.send(f"GET {OTHER_FULL} HTTP/1.1\r\nHost: gup\r\n\r\n".encode())
+    gup.wait_metric(1, "gup_fills_in_progress")
+    until(lambda: gup.api(f"/api/v1/why?of={quote(OTHER_FULL)}")[1]["files"][0]["waiting"], "it is queued")
+    gate.open()
+    assert first.finish(response).body == BODY
+    assert_problem(waiting.response(), 503, "wan-budget")
+    assert not upstream.requests(OTHER_FULL)
+    assert gup.metric("gup_fills_in_progress") == 0
 
 
 def test_background_fills_wait_and_go_on_in_cheap_hours(serve):
