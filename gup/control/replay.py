@@ -76,7 +76,7 @@ class SimulatedStore:
         self.left_out = False
         self.counts = True
         self.on_fetch: Callable[[Body, int], None] | None = None
-        """Called with the body and the bytes of each fetch."""
+        """Called with the body and the bytes of each fetch, also of those that are not counted."""
         self._streams: defaultdict[Stream, HeldStream] = defaultdict(HeldStream)
         self._of_revision: defaultdict[tuple[Stream, str], dict[Body, None]] = defaultdict(dict)
         self._over: dict[Stream, None] = {}
@@ -247,9 +247,16 @@ class Replay:
         self.distinct_bytes = 0
         self.sent_bytes = 0
         self.received_bytes = 0
+        self.background = False
+        """Whether a prefetch is replayed at present."""
         self._counts = False
         self._turn = 0
         self._tidy_at = 0.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether the present line is in the time that is counted."""
+        return self._counts
 
     def run(self, folder: Path, on_line: Callable[[Line], None] | None = None, keeps: int = 0) -> None:
         """`on_line` is called after each line.
@@ -329,8 +336,10 @@ class Replay:
         elif op == Op.CHANGED:
             self._change(body, count)
         else:
+            self.background = op == Op.PREFETCH
             for store in absent:
                 store.fetch(body, count, self.now)
+            self.background = False
 
     def _count(self, body: Body, count: int) -> None:
         self.requests += count
