@@ -8,13 +8,17 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gup.cache.budget_gate import is_spent
 from gup.config import Settings
+from gup.content.key import Kind
 from gup.control.replay import Body, Replay, SimulatedStore
 from gup.control.stats.demand_files import Line
+from gup.control.wan_budget import Period, cheap_at, period_of
 from gup.upstream.bandwidth import rate_at, site_time
 
 _STEP_SECONDS = 60.0
@@ -39,6 +43,7 @@ class Link:
 
     def __init__(self, settings: Settings, replay: Replay, store: SimulatedStore) -> None:
         self._settings, self._replay = settings, replay
+        self.budget = Budget(settings, replay, store)
         self._waiting = [0.0, 0.0]
         """Bytes that wait for the WAN: of clients' fetches, of background ones."""
         self._at = 0.0
@@ -78,7 +83,7 @@ class Link:
         self._at = max(self._at, now)
 
     def _fetch(self, _body: Body, bytes_: int) -> None:
-        """A budget of the WAN would be asked here whether the body may be fetched now."""
+        self.budget.spend(bytes_)
         now = self._replay.now
         self.advance(now)
         rate = self._rate_now(now)
@@ -96,6 +101,50 @@ class Link:
             if wait > self.longest_wait_seconds:
                 self.longest_wait_seconds, self.longest_wait_at = wait, now
             self.late += before / rate > self._settings.fill.queue_timeout
+
+
+class Budget:
+    """The WAN's budget of one set of settings, decided as the service does; it begins with the record."""
+
+    def __init__(self, settings: Settings, replay: Replay, store: SimulatedStore) -> None:
+        self._settings, self._replay, self._budget = settings, replay, settings.wan.budget
+        self._period: Period | None = None
+        self._used_bytes = 0
+        self._minute, self._cheap = -1, False
+        self.held: Counter[str] = Counter()
+        """Requests that were not served, and prefetches that were not made, by class."""
+        self.held_at = 0.0
+        """When the first of them was; 0: there was none."""
+        if self._budget.bytes:
+            store.may_fetch = self._may_fetch
+
+    def spend(self, bytes_: int) -> None:
+        self._turn()
+        self._used_bytes += 0 if self._cheap else bytes_
+
+    def _turn(self) -> None:
+        """Another minute: the hours may be cheap now, and another period may have begun."""
+        now = self._replay.now
+        if int(now // _MINUTE) == self._minute:
+            return
+        self._minute = int(now // _MINUTE)
+        self._cheap = cheap_at(self._settings, now)
+        period = period_of(self._budget, site_time(self._settings, now).date())
+        if period != self._period:
+            self._period, self._used_bytes = period, 0
+
+    def _may_fetch(self, body: Body, times: int) -> bool:
+        self._turn()
+        if body.kind is Kind.INDEX or self._cheap:
+            return True
+        class_ = "delta" if body.kind is Kind.DELTA else "full"
+        class_ = "background" if self._replay.background else class_
+        if not is_spent(self._budget, self._used_bytes, class_):
+            return True
+        if self._replay.counts:
+            self.held[class_] += max(1, times)
+            self.held_at = self.held_at or self._replay.now
+        return False
 
 
 class Slots:
@@ -159,6 +208,8 @@ def dry_run(folder: Path, every: Mapping[str, Settings], since: float) -> dict[s
             "queued_seconds": round(slot.queued_seconds, 1),
             "refused_seconds": round(slot.refused_seconds, 1),
             "address_exceeded": slot.address_lines,
+            "held_back": dict(link.budget.held),
+            "held_back_at": link.budget.held_at or None,
         }
     names = ("first_at", "requests", "requested_bytes", "unknown", "failed", "sent_bytes", "received_bytes")
     return {

@@ -10,7 +10,7 @@ from gup.control.dry_run import dry_run, known_part
 from gup.control.stats import demand_files
 from gup.control.stats.demand_files import KEYS, ROWS, Line, Op
 
-MB = 10**6
+MB, DAY = 10**6, 86400
 NOW = 1_800_000_000.0 // 3600 * 3600
 FULL = "any/any/{{A{:05d}}}/260101001/full.zip"
 
@@ -86,6 +86,19 @@ def test_limits_of_clients_are_compared_with_what_was_at_once(record):
     assert (found["queued_seconds"], found["refused_seconds"], found["address_exceeded"]) == (20.0, 20.0, 2)
     assert tried(folder, clients={"max_downloads": 40})["queued_seconds"] == 0.0
     assert tried(folder)["address_exceeded"] == 0
+
+
+def test_the_budget_holds_back_as_the_service_does_and_another_day_begins_anew(record):
+    asked = [(0, key, Op.USE) for key in range(10)] + [(1, 30, Op.PREFETCH), (DAY, 40, Op.USE)]
+    folder = record(*asked)
+    budget = {"bytes": 60 * MB, "per": "day", "background": 0.5, "fulls": 0.8}
+    found = tried(folder, wan={"rate": "0", "budget": budget})
+    assert found["wan_bytes"] == 60 * MB  # five until 80 % are used, one of another day
+    assert found["held_back"] == {"full": 5, "background": 1}
+    assert found["held_back_at"] == NOW
+    assert tried(folder, wan={"rate": "0"})["held_back"] == {}
+    free = {"days": ["mon", "tue", "wed", "thu", "fri", "sat", "sun"], "from": "00:00", "to": "24:00"}
+    assert tried(folder, wan={"rate": "0", "budget": budget | {"cheap": [free]}})["held_back"] == {}
 
 
 def test_a_smaller_store_beside_the_present_one(record):

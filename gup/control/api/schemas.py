@@ -1040,6 +1040,8 @@ class Outcome(Response):
     address_exceeded: int = Field(
         description="How often an address began more full packages in a second than it may have at once."
     )
+    held_back: dict[str, int] = Field(description="Requests that the WAN's budget would refuse, by class.")
+    held_back_at: float | None = Field(description="When the first of them was.")
 
 
 class RuleOutcome(Response):

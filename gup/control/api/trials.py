@@ -22,6 +22,7 @@ from gup.control.state import ControlState
 from gup.control.stats.demand_files import read_groups
 from gup.errors import SettingsError
 from gup.units import bytes_in_words, time_in_words
+from gup.upstream.bandwidth import site_time
 
 _DAY_SECONDS = 86400.0
 _STREAMS_SHOWN = 20
@@ -207,6 +208,10 @@ def _saying(found: schemas.Trial, tried: Settings) -> Iterator[str]:
         much = f"{size(abs(more))} {'more' if more > 0 else 'less'}"
         yield f"{much} would have crossed the WAN in the last {covered}: {size(then.wan_bytes)}."
     yield from _of_waits(then, tried)
+    if then.held_back_at is not None:
+        at = site_time(tried, then.held_back_at)
+        held = ", ".join(f"{class_} {count:,}" for class_, count in then.held_back.items())
+        yield f"The budget of the WAN would hold back, first at {at:%Y-%m-%d %H:%M}: {held}."
     yield from _of_refusals(found)
     yield from _of_limits(found, tried)
     yield _UNKNOWN

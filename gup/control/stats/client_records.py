@@ -287,7 +287,7 @@ def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
         db.executemany(statement, written)
     write_habits(db, batch.habits, batch.seen, clients, streams, stated)
     refused = [(clients[name], stream, at) for (name, stream), at in batch.refused.items()]
-    db.executemany("INSERT OR REPLACE INTO refusals VALUES(?, ?, ?)", refused)
+    db.executemany("INSERT OR REPLACE INTO refused_streams VALUES(?, ?, ?)", refused)
     if asked:
         timeline.note(db, ((row["stream"], row["client"]) for row in asked), max(row["at"] for row in asked))
 
@@ -297,7 +297,7 @@ def prune(db: sqlite3.Connection, now: float, retention_seconds: float, max_clie
     oldest = now - retention_seconds
     db.execute(_FORGET, (oldest, max_clients))
     db.execute("DELETE FROM takes WHERE taken_at < ?", (oldest,))
-    db.execute("DELETE FROM refusals WHERE at < ?", (oldest,))
+    db.execute("DELETE FROM refused_streams WHERE at < ?", (oldest,))
     db.execute(_FORGET_TAKES, (KEPT_REVISIONS,))
     forget(db, oldest)
     _drop_orphans(db)
@@ -329,7 +329,7 @@ def _drop_orphans(db: sqlite3.Connection) -> None:
     for table in ("standings", *OF_CLIENTS):
         db.execute(f"DELETE FROM {table} WHERE client NOT IN (SELECT id FROM clients)")  # noqa: S608
     db.execute("DELETE FROM takes WHERE client NOT IN (SELECT id FROM clients)")
-    db.execute("DELETE FROM refusals WHERE client NOT IN (SELECT id FROM clients)")
+    db.execute("DELETE FROM refused_streams WHERE client NOT IN (SELECT id FROM clients)")
     db.execute("DELETE FROM streams WHERE id NOT IN (SELECT stream FROM standings)")
 
 
@@ -375,7 +375,7 @@ WHERE t.version = ? AND t.language = ? AND moniker = ? AND revision = ? ORDER BY
 _TAKERS_SHOWN = 20
 _ASKED_SINCE = """
 SELECT client, moniker FROM standings JOIN streams ON streams.id = stream WHERE max(asked_at, taken_at) >= ?
-UNION SELECT client, stream FROM refusals WHERE at >= ?
+UNION SELECT client, stream FROM refused_streams WHERE at >= ?
 """
 _ASKERS = f"""
 SELECT version, language, moniker, count(*) FROM ({_ASKED_SINCE}) JOIN clients ON clients.id = client
