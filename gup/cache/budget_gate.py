@@ -31,6 +31,12 @@ _WORD_MASK = (1 << 64) - 1
 SLUG = "wan-budget"
 
 
+def is_spent(budget: config.WanBudget, used_bytes: int, class_: str) -> bool:
+    """Whether fills of a class are held back when so much of a period's bytes is used."""
+    shares = {"background": budget.background, "full": budget.fulls, "delta": budget.deltas}
+    return budget.bytes > 0 and used_bytes >= shares[class_] * budget.bytes
+
+
 class BudgetGate:
     """One process's view of the budget. `words` are the page's four, `received` is what all processes of this
     gup have received.
@@ -94,11 +100,7 @@ class BudgetGate:
 
     def holds(self, class_: str) -> bool:
         """Whether fills of a class are held back now, but for what an outbreak frees."""
-        budget = self._budget()
-        if not budget.bytes or self._words[0] != COUNTING:
-            return False
-        shares = {"background": budget.background, "full": budget.fulls, "delta": budget.deltas}
-        return self.used_bytes >= shares[class_] * budget.bytes
+        return self._words[0] == COUNTING and is_spent(self._budget(), self.used_bytes, class_)
 
     async def refuse(self, route: Route, *, background: bool) -> None:
         """Problem when the fill must not begin now; it is counted then."""

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from gup.cli.shared import Commands, ConfigFlag, JsonFlag, print_json
+from gup.cli.shared import (
+    Columns,
+    Commands,
+    ConfigFlag,
+    JsonFlag,
+    Row,
+    Where,
+    asking,
+    print_json,
+    show_table,
+    with_connection_flags,
+)
+from gup.errors import SettingsError
 
 config = typer.Typer(cls=Commands, help="Check and print settings.", no_args_is_help=True)
 
@@ -42,6 +54,72 @@ def show(
     typer.echo(settings_toml(load(file)), nl=False)
 
 
+@config.command("try")
+@with_connection_flags
+def try_settings(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The settings' file (TOML).")],
+    *,
+    days: Annotated[int, typer.Option(min=1, max=3660, metavar="N", help="Number of days.")] = 7,
+    where: Where,
+    json_output: JsonFlag = False,
+) -> None:
+    """Try settings: what the recorded demand would have been under them, beside the present ones."""
+    from gup.cli.usable import usable
+    from gup.control.dry_run import known_part
+
+    given = {"settings": known_part(usable(file, servable=False)), "days": days}
+    with asking(where) as admin:
+        answer = admin.ask("POST", "try", given, patience_seconds=_REPLAY_SECONDS)
+        if answer["problems"]:
+            raise SettingsError(answer["problems"])
+        if json_output:
+            print_json(answer)
+        else:
+            _show_trial(answer)
+
+
+_REPLAY_SECONDS = 660.0
+_OUTCOMES: Columns = {
+    "": "of",
+    "#over the WAN": "wan_bytes",
+    "#fetches": "fetches",
+    "#hits": lambda row: "-" if row["hit_ratio"] is None else f"{row['hit_ratio']:.1%}",
+    "#most in a minute": "peak_minute_bytes_per_second",
+    "#in an hour": "peak_hour_bytes_per_second",
+    "#longest wait": "longest_wait_seconds",
+    "#too late": "late_fetches",
+}
+_RULES: Columns = {
+    "rule": "rule",
+    "enforced": lambda row: "yes" if row["enforced"] else "no",
+    "#clients": "clients",
+    "#requests": "requests",
+    "#clients now": "present_clients",
+    "#requests now": "present_requests",
+    "some": lambda row: ", ".join(client["address"] for client in row["some_clients"][:3]) or "-",
+}
+
+
+def _show_trial(answer: Row) -> None:
+    changed = ", ".join(answer["changed"])
+    typer.echo(f"changed: {changed}" if changed else "nothing that a dry run knows is changed")
+    for sentence in answer["saying"]:
+        typer.echo(sentence)
+    if not answer["requests"]:
+        return
+    really = dict.fromkeys(("fetches", "hit_ratio", "peak_hour_bytes_per_second"))
+    really |= dict.fromkeys(("longest_wait_seconds", "late_fetches"))
+    really |= {"wan_bytes": answer["received_bytes"], "of": "as it really was"}
+    really |= {"peak_minute_bytes_per_second": answer["peak_minute_bytes_per_second"]}
+    rows = [
+        answer["present"] | {"of": "present settings"},
+        answer["tried"] | {"of": "these settings"},
+        really,
+    ]
+    show_table(_OUTCOMES, rows)
+    show_table(_RULES, answer["refusals"], title="Refused by rules")
+
+
 rules = typer.Typer(cls=Commands, help="Evaluate the delivery rules.", no_args_is_help=True)
 
 
@@ -74,7 +152,6 @@ def explain(
     from gup.content import variant_choice
     from gup.content.catalog import Catalogues, normal_moniker
     from gup.content.rules import Rulebook
-    from gup.errors import SettingsError
 
     flags, _ = serve_flags(upstream=upstream or [])
     settings, problems = read(config, flags=flags, servable=True)

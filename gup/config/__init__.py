@@ -1,6 +1,7 @@
 """Settings: one table of all, and how they are read."""
 
 from gup.config.loading import load as load
+from gup.config.loading import parse as parse
 from gup.config.loading import read as read
 from gup.config.settings import CONTENT_TYPES as CONTENT_TYPES
 from gup.config.settings import KEY_IS as KEY_IS

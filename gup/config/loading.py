@@ -90,6 +90,21 @@ def read(
             values = _without(values, error)
 
 
+def parse(given: str | Values) -> tuple[Settings | None, list[str]]:
+    """Settings from the text of a file, or from its tables, without the environment; else what is wrong."""
+    try:
+        tables = tomllib.loads(given) if isinstance(given, str) else given
+        if _is_deep(tables):
+            raise RecursionError  # noqa: TRY301 - as tomllib for brackets
+        return Settings.model_validate(tables), []
+    except ValidationError as error:
+        return None, complaints(error, Settings, lambda _: "")
+    except ValueError as error:
+        return None, [f"the settings are not TOML: {error}"]
+    except RecursionError:
+        return None, [f"no table of settings: tables and lists may be nested {_MOST_LEVELS} levels deep"]
+
+
 def _without(values: dict[str, Any], error: ValidationError) -> dict[str, Any]:
     """What is left when each wrong key is left out, or the whole list where one of its items is wrong.
 

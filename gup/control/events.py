@@ -144,6 +144,15 @@ class Take(NamedTuple):
     )
 
 
+class Group(NamedTuple):
+    """How often clients that state the same were sent something of a stream."""
+
+    stream: Name
+    version: Stated
+    language: Stated
+    times: Count
+
+
 def _rows(row: Any) -> Any:
     """Rows of an event, up to the limit; reading ends at the first wrong one."""
     return Annotated[tuple[row, ...], FailFast(), Field(max_length=_MAX_ROWS)]
@@ -189,8 +198,8 @@ class Committed(Timed):
 
 class Usage(_Event):
     """What one worker's clients requested, once a second: `uses` of stored bodies, `asked` of others; `fulls`
-    by client, `refused` by rules, `clients` all that sent requests, `shared` those of them whose address
-    stands for many.
+    by client, `refused` by rules, `groups` where no client may be named, `clients` all that sent requests,
+    `shared` those of them whose address stands for many.
     """
 
     type: Literal["used"] = "used"
@@ -199,6 +208,7 @@ class Usage(_Event):
     asked: _rows(Ask) = ()  # type: ignore[valid-type]
     fulls: _rows(FullRequests) = ()  # type: ignore[valid-type]
     refused: _rows(Refused) = ()  # type: ignore[valid-type]
+    groups: _rows(Group) = ()  # type: ignore[valid-type]
     clients: _rows(Client) = ()  # type: ignore[valid-type]
     shared: _rows(Client) = ()  # type: ignore[valid-type]
 

@@ -76,7 +76,9 @@ class SimulatedStore:
         self.left_out = False
         self.counts = True
         self.on_fetch: Callable[[Body, int], None] | None = None
-        """Called with the body and the bytes of each fetch."""
+        """Called with the body and the bytes of each fetch, also of those that are not counted."""
+        self.may_fetch: Callable[[Body, int], bool] = lambda _body, _times: True
+        """Asked before each fetch, with the requests that wait for it; what may not is not there for them."""
         self._streams: defaultdict[Stream, HeldStream] = defaultdict(HeldStream)
         self._of_revision: defaultdict[tuple[Stream, str], dict[Body, None]] = defaultdict(dict)
         self._over: dict[Stream, None] = {}
@@ -91,6 +93,8 @@ class SimulatedStore:
         """Fetch and store it. What can't be stored is fetched for each of `times` requests."""
         cost = body.cost_bytes
         self.spent += 1
+        if not self.may_fetch(body, times):
+            return
         stored = body.length_bytes > 0 and self._makes_room(body.length_bytes, now)
         self._count(body, cost if stored else cost * times, 1 if stored else times)
         if stored:
@@ -99,7 +103,7 @@ class SimulatedStore:
 
     def more(self, body: Body, times: int) -> None:
         """Further requests while it was fetched: they cost nothing unless it can't be stored."""
-        if not 0 < body.length_bytes <= self.limits.max_size:
+        if not 0 < body.length_bytes <= self.limits.max_size and self.may_fetch(body, times):
             self._count(body, body.cost_bytes * times, times)
 
     def place(self, body: Body, now: float) -> None:
@@ -247,9 +251,16 @@ class Replay:
         self.distinct_bytes = 0
         self.sent_bytes = 0
         self.received_bytes = 0
+        self.background = False
+        """Whether a prefetch is replayed at present."""
         self._counts = False
         self._turn = 0
         self._tidy_at = 0.0
+
+    @property
+    def counts(self) -> bool:
+        """Whether the present line is in the time that is counted."""
+        return self._counts
 
     def run(self, folder: Path, on_line: Callable[[Line], None] | None = None, keeps: int = 0) -> None:
         """`on_line` is called after each line.
@@ -329,8 +340,10 @@ class Replay:
         elif op == Op.CHANGED:
             self._change(body, count)
         else:
+            self.background = op == Op.PREFETCH
             for store in absent:
                 store.fetch(body, count, self.now)
+            self.background = False
 
     def _count(self, body: Body, count: int) -> None:
         self.requests += count

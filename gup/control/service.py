@@ -28,6 +28,7 @@ from gup.control.api import (
     sizing,
     statistics,
     status,
+    trials,
     why,
 )
 from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, problem
@@ -67,6 +68,7 @@ def make_app(state: ControlState, access: Access | None = None) -> web.Applicati
         *sizing.ENDPOINTS,
         *months.ENDPOINTS,
         *statement.ENDPOINTS,
+        *trials.ENDPOINTS,
         *maintenance.ENDPOINTS,
         *holds.ENDPOINTS,
         *budget.ENDPOINTS,

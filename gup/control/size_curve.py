@@ -39,8 +39,10 @@ class ReplayError(GupError):
     """The replay could not be made; the text says why."""
 
 
-async def run_replay(asked: Mapping[str, Any], most_seconds: float = _MOST_SECONDS) -> dict[str, Any]:
-    """The answer of `gup.control.replay` as a process; it is killed when the caller is cancelled."""
+async def run_replay(
+    asked: Mapping[str, Any], work: str = "replay", most_seconds: float = _MOST_SECONDS
+) -> dict[str, Any]:
+    """The answer of `gup.control.replay` or `dry_run` as a process, which ends when this is cancelled."""
     given = os.memfd_create("replay")
     os.set_blocking(given, False)  # it is memory
     try:
@@ -49,7 +51,7 @@ async def run_replay(asked: Mapping[str, Any], most_seconds: float = _MOST_SECON
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "gup.control.replay",
+            f"gup.control.{work}",
             stdin=given,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -97,11 +99,11 @@ class Sizing:
         self.last: schemas.Sizing | None = None
         """The last whole curve."""
 
-    async def replay(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    async def replay(self, asked: Mapping[str, Any], work: str = "replay") -> dict[str, Any]:
         """One at a time."""
         async with self._replaying:
             await self._demand.write(everything=True)
-            return await run_replay({"folder": str(self._demand.folder), **asked})
+            return await run_replay({"folder": str(self._demand.folder), **asked}, work)
 
     async def curve(self, sizes: Sequence[int] = (), days: int = DAYS) -> schemas.Sizing:
         """Over the last days; of these sizes, else of FACTORS. ReplayError when it can't be made."""

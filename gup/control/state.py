@@ -364,6 +364,7 @@ class ControlState:
             self.traffic.note_client(full.key, full.client, full.times)
         self.demand.fulls(max(Counter(full.client for full in event.fulls).values(), default=0))
         self.demand.refused(event.refused)
+        self.demand.grouped(event.groups)
         if event.clients:
             self.clients.see(event.clients, now)
         if event.clients or event.refused:

@@ -74,6 +74,8 @@ class AccessLog:
         self._missed_after: dict[str, int] = {}
         """How many keys had been used when each was first missed: the order counts for eviction."""
         self._refused = Counter[tuple[str, str, str, str, str]]()
+        self._groups = Counter[tuple[str, str, str]]()
+        """What clients asked for, by what they state, where nothing else may be told of them."""
         self._fulls = Counter[tuple[str, str]]()
         self._taken: set[ClientRecord] = set()
         self._parts: list[tuple[ClientRecord, tuple[int, int, int]]] = []
@@ -313,10 +315,11 @@ class AccessLog:
         event: dict[str, Sequence[object]] = {
             "fulls": [(names.of(who), key, n) for (who, key), n in self._fulls.items()],
             "refused": [(names.of(who), *what, n) for (who, *what), n in self._refused.items()],
+            "groups": [(*what, n) for what, n in self._groups.items()],
             "clients": list({names.of(peer) for peer in self.connected}),
             "shared": list({names.of(peer) for peer in self.connected if self._is_shared(peer)}),
         }
-        for gathered in (self._fulls, self._refused, self.connected):
+        for gathered in (self._fulls, self._refused, self._groups, self.connected):
             gathered.clear()
         for at in range(max(len(uses), -(-max(map(len, event.values())) // _ROWS))):
             own = slice(at * _ROWS, (at + 1) * _ROWS)
@@ -350,6 +353,9 @@ class AccessLog:
         records += [*self._parts, *((who, 0) for who in self._asked - self._taken)]
         if self._names.mode == "off":
             self.connected |= {peer for peer, _, _ in self._taken}
+            for (_, key, client), _ in records:
+                stated = self._stated(client)
+                self._groups[key.split("/", 3)[2], stated.version, stated.language] += 1
             records.clear()
             self._unnoted = 0
         for (peer, key, client), what in records:

@@ -109,7 +109,7 @@ def upstreams(tmp_path):
 def test_every_query_is_answered_and_a_site_has_few_series(tmp_path, upstreams):
     settings = {
         "upstream": upstreams,
-        "wan": {"rate": "50MB/s"},
+        "wan": {"rate": "50MB/s", "budget": {"bytes": "1TB"}},
         "clients": {"rate": "900MB/s", "max_downloads": 100},
         "site": {"name": "lyon"},
     }

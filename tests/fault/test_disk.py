@@ -230,6 +230,7 @@ def test_readers_in_both_workers_when_the_disk_refuses_in_mid_body(serve, tmp_pa
         assert len(upstream.requests(BIG)) == 1, "what is in memory is stored from there"
         gup.wait_metric(1, "gup_fills_total", outcome="committed")
         return
+    read.body += follower.read(2_500_000 - len(read.body))  # it reads what is in memory
     gup.kill_worker(one)
     with contextlib.suppress(Ended):
         follower.finish(read)

@@ -233,8 +233,9 @@ class Gup:
 
     @property
     def pids(self) -> list[int]:
-        """All of its processes, the supervisor first."""
-        return sorted(marked(self._mark), key=lambda pid: (pid != self.process.pid, pid))
+        """Its processes that stay, the supervisor first."""
+        found = [pid for pid in marked(self._mark) if "gup.control.replay" not in command_line(pid)]
+        return sorted(found, key=lambda pid: (pid != self.process.pid, pid))
 
     def workers(self) -> list[int]:
         """The workers' pids, as the kernel has them."""

@@ -25,8 +25,9 @@ FIGURE = "const at = document.querySelector(arguments[0]); return at ? Number(at
 TEXT = "return document.body.innerText"
 FOCUS = """
 const at = document.activeElement, style = getComputedStyle(at);
-const number = [...document.querySelectorAll("*")].indexOf(at);  // two links may read alike
-const what = at === document.body ? "" : `${number}: ${at.outerHTML.slice(0, 60)}`;
+const known = window.reachedByTab ??= new Map();  // two links may read alike
+if (!known.has(at)) known.set(at, known.size);
+const what = at === document.body ? "" : `${known.get(at)}: ${at.outerHTML.slice(0, 60)}`;
 return [what, style.outlineStyle, parseFloat(style.outlineWidth)]
 """
 FAINT = """

@@ -97,7 +97,7 @@ def test_an_upstream_that_is_slow_with_the_head(shared):
 def test_an_upstream_that_trickles(shared):
     gup, upstream = shared
     path = content_path("trickle.zip")
-    upstream.answer(path, Answer(zip_of("t", 130_000), etag='"t"', piece_seconds=HELD / 8))
+    upstream.answer(path, Answer(zip_of("t", 130_000), etag='"t"', piece_seconds=HELD / 4))
     client = Asking(lambda: gup.get(path))
     client.join()
     file = ended(gup, path)

@@ -7,10 +7,10 @@ import json
 import time
 
 import pytest
-from harness.commands import run
+from harness.commands import command, on, run
 from harness.demand import PATTERNS, SizedUpstream, body_of, delta_of, full_of
 from harness.processes import until
-from harness.service import Gup
+from harness.service import Gup, toml
 
 MB = 10**6
 QUIET = {"access": "off", "level": "warning"}
@@ -91,6 +91,76 @@ def test_api_command_and_metrics(tmp_path):
         assert "over the WAN" in run("report", "sizing", "--admin", gup.admin_url).stdout
         until(lambda: "gup_sizing_wan_bytes{" in gup.metrics().text, "the curve is in the metrics")
         assert gup.metric("gup_sizing_wan_bytes", factor="2") == everything
+
+
+PATCHES = "{0000000A-0000-4000-8000-000000000000}"
+
+
+@contextlib.contextmanager
+def with_patches(tmp_path):
+    """A service with a client patch that one client got and another was refused; other settings for it."""
+    catalogue = tmp_path / "ContentInfo.txt"
+    catalogue.write_text(f"{PATCHES}: SEPC Client Patch Win64 14.3 RU2 - Patch - English\r\n")
+    read = {"catalog": {"file": str(catalogue)}}
+    with contextlib.ExitStack() as stack:
+        gup, upstream = serve_sized(stack, tmp_path / "a", 5 * MB, **read)
+        drive(gup, upstream, [full_of(stream) for stream in range(1, 9)] * 2)
+        for address, version, status in (("127.0.0.2", "14.3 RU2", 200), ("127.0.0.3", "14.2", 403)):
+            patch = f"/content/{PATCHES}/260101001/full.zip"
+            client = gup.connect(source=address)
+            assert client.get(patch, {"GUP-Client-Version": version}).status == status
+        counted(gup, 17)
+        tables = {
+            "cache": {"max_size": MB},
+            "wan": {"rate": "20kB/s"},
+            "fill": {"queue_timeout": "1s"},
+            **read,
+        }
+        yield gup, tables | {"upstream": [{"url": upstream.url, "headers": {"X-Key": "hush"}}]}
+
+
+def test_settings_are_tried_before_they_are_set(tmp_path):
+    """Another size, rate and rules; who would be refused, and who no longer."""
+    with with_patches(tmp_path) as (gup, tables):
+        given = {**tables, "rules": {"download_client_patches": False}}
+        status, answer = gup.api("/api/v1/try", "POST", given={"settings": given})
+        assert (status, answer["problems"]) == (200, [])
+        everything = answer["present"]["wan_bytes"]
+        assert everything == answer["received_bytes"]
+        assert answer["tried"]["wan_bytes"] >= everything
+        assert answer["tried"]["longest_wait_seconds"] > 1
+        assert answer["tried"]["late_fetches"] > 0
+        assert {"cache.max_size", "wan.rate", "rules.download_client_patches"} <= set(answer["changed"])
+        by_rule = {row["rule"]: row for row in answer["refusals"]}
+        assert set(by_rule) == {"client_patches_off", "version"}
+        row = by_rule["client_patches_off"]
+        assert (row["enforced"], row["clients"], row["requests"], row["present_clients"]) == (True, 2, 2, 0)
+        assert {client["address"] for client in row["some_clients"]} == {"127.0.0.2", "127.0.0.3"}
+        assert (by_rule["version"]["clients"], by_rule["version"]["present_clients"]) == (0, 1)
+        assert (answer["newly_refused_clients"], answer["no_longer_refused_clients"]) == (1, 0)
+        status, told = gup.api("/api/v1/try", "POST", given={"settings": "[wan]\nrate = 'fast'\n"})
+        assert (status, told["tried"], len(told["problems"])) == (200, None, 1)
+        assert gup.api("/api/v1/try", "POST", given={"settings": {}, "days": 0})[0] == 400
+
+
+@pytest.mark.long
+def test_the_command_that_tries_settings(tmp_path):
+    """Wrong ones are told as `gup config check` tells them; no secret leaves the file."""
+    with with_patches(tmp_path) as (gup, tables):
+        file = tmp_path / "other.toml"
+        own = {"cache": tables["cache"] | {"directory": str(gup.cache_dir)}, "rules": {"mode": "off"}}
+        file.write_text(toml({**tables, **own}))
+        answer = json.loads(on(gup, "config", "try", file, "--json").stdout)
+        assert (answer["newly_refused_clients"], answer["no_longer_refused_clients"]) == (0, 1)
+        file.write_text(toml({**tables, **own, "rules": {"download_client_patches": False}}))
+        shown = on(gup, "config", "try", file).stdout
+        assert "The rule client_patches_off would refuse 2 clients (2 requests)" in shown
+        assert "as it really was" in shown
+        file.write_text("[wan]\nrate = 'fast'\n")
+        wrong, checked = on(gup, "config", "try", file), command("config", "check", file)
+        assert wrong.returncode == checked.returncode == 2
+        assert wrong.stderr == checked.stderr
+        assert not any(b"hush" in path.read_bytes() for path in gup.cache_dir.rglob("*") if path.is_file())
 
 
 @pytest.mark.long

@@ -92,7 +92,8 @@ def test_a_certificate_of_an_unknown_ca_or_of_another_name_is_refused(tmp_path, 
             gup.wait_log("certificate refused")
             assert nginx.log() == []
             until(lambda: "certificate refused" in (gup.upstream()["last_error"] or ""), "the status tells")
-            assert gup.metric("gup_upstream_requests_total", outcome="unreachable") == 1, "one try tells all"
+            tries = gup.metric("gup_upstream_requests_total", outcome="unreachable")
+            assert 1 <= tries <= 2, "one try tells all; on a busy machine a check may have been due since"
         if trust == "name":
             with before(tmp_path / "lax", url, verify_tls=False) as gup:
                 gup.serves(DELTA, nginx.tree.body(DELTA))

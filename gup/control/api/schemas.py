@@ -1019,3 +1019,62 @@ class Sizing(Response):
     left_out_bytes: int | None = Field(description="Sizes up to this one took too long to replay.")
     points: list[SizingPoint] = Field(description="By size.")
     saying: list[str] = Field(description="In words.")
+
+
+class Outcome(Response):
+    """The recorded demand under one set of settings."""
+
+    wan_bytes: int = Field(description="What would have crossed the WAN.")
+    fetches: int
+    hit_ratio: float | None = Field(description="Share of the requests that needed no fetch of their own.")
+    peak_minute_bytes_per_second: int = Field(description="Most that was asked of the WAN in a minute.")
+    peak_hour_bytes_per_second: int
+    longest_wait_seconds: float = Field(
+        description="Of a client's fetch until its last byte, at the WAN's rate; 0 when that is unlimited."
+    )
+    longest_wait_at: float | None
+    late_fetches: int = Field(description="Clients' fetches that would wait longer than fill.queue_timeout.")
+    busy_seconds: float = Field(description="For how long the WAN would be in use.")
+    queued_seconds: float = Field(description="With more downloads at once than clients.max_downloads.")
+    refused_seconds: float = Field(description="With more than clients.queue could take, too.")
+    address_exceeded: int = Field(
+        description="How often an address began more full packages in a second than it may have at once."
+    )
+    held_back: dict[str, int] = Field(description="Requests that the WAN's budget would refuse, by class.")
+    held_back_at: float | None = Field(description="When the first of them was.")
+
+
+class RuleOutcome(Response):
+    """What one rule would refuse, with the settings that are tried and with the present ones."""
+
+    rule: str
+    enforced: bool = Field(description='False where rules.mode is "report": it is only counted.')
+    clients: int
+    requests: int
+    present_clients: int
+    present_requests: int
+    streams: list[str] = Field(description="By product; at most 20.")
+    some_clients: list[SeenClient] = Field(description="The last of them; at most 20.")
+
+
+class Trial(Response):
+    """A dry run of settings: the recorded demand under them, beside the present ones."""
+
+    problems: list[str] = Field(description="What is wrong with the settings; then nothing was tried.")
+    changed: list[str] = Field(description="Keys whose values differ from those in force.")
+    at: float
+    since: float
+    until: float
+    requests: int
+    requested_bytes: int
+    sent_bytes: int = Field(description="What was really sent to clients.")
+    received_bytes: int = Field(description="What really crossed the WAN.")
+    peak_minute_bytes_per_second: int = Field(description="Most that really crossed the WAN in a minute.")
+    most_downloads: int = Field(description="Most bodies over 256 KiB that were really sent at once.")
+    most_queued: int
+    present: Outcome | None
+    tried: Outcome | None
+    refusals: list[RuleOutcome]
+    newly_refused_clients: int
+    no_longer_refused_clients: int
+    saying: list[str] = Field(description="In words, what the record can't know too.")

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import islice
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from sortedcontainers import SortedList
 
 from gup.client_names import ClientNames, is_hashed, read_key
-from gup.content.catalog import CLIENT_PATCHES, Stream
+from gup.content.catalog import CLIENT_PATCHES, Stream, normal_moniker
 from gup.content.key import Kind, content_revision, delta_step
 from gup.content.releases import Releases
 from gup.control.api import schemas
@@ -140,10 +141,13 @@ class Batch:
         By client, stream, revision, the revision that it came from, and whether it took the body whole.
         """
         self.habits = Habits()
+        self.refused: dict[tuple[str, str], float] = {}
+        """When a rule refused a client a stream last."""
 
     @property
     def _full(self) -> bool:
-        return len(self.seen) + len(self.asked) + len(self.habits) >= MAX_PENDING
+        mine = len(self.seen) + len(self.asked) + len(self.refused)
+        return mine + len(self.habits) >= MAX_PENDING
 
     def absorb(self, newer: "Batch") -> None:
         """Add a newer batch to this one, which could not be written; as far as there is room."""
@@ -153,6 +157,9 @@ class Batch:
             self._ask(what, asked)
         if not self._full:
             self.habits.absorb(newer.habits)
+        for refused, at in newer.refused.items():
+            if refused in self.refused or not self._full:
+                self.refused[refused] = at
 
     def see(self, client: str, at: float, version: str = "", language: str = "") -> None:
         if client in self.seen or not self._full:
@@ -189,6 +196,7 @@ class Batch:
         self.see(client, at)
         if client in self.seen and not self._full:
             self.habits.refuse(client, rule, stream, times, at)
+            self.refused[client, normal_moniker(unquote(stream)) or stream] = at
 
     def share(self, client: str) -> None:
         """The client's address stands for many."""
@@ -278,6 +286,8 @@ def write_batch(db: sqlite3.Connection, batch: Batch) -> None:
     for statement, written in ((_ASK, asked), (_STAND, taken), (_TAKE, taken)):
         db.executemany(statement, written)
     write_habits(db, batch.habits, batch.seen, clients, streams, stated)
+    refused = [(clients[name], stream, at) for (name, stream), at in batch.refused.items()]
+    db.executemany("INSERT OR REPLACE INTO refused_streams VALUES(?, ?, ?)", refused)
     if asked:
         timeline.note(db, ((row["stream"], row["client"]) for row in asked), max(row["at"] for row in asked))
 
@@ -287,6 +297,7 @@ def prune(db: sqlite3.Connection, now: float, retention_seconds: float, max_clie
     oldest = now - retention_seconds
     db.execute(_FORGET, (oldest, max_clients))
     db.execute("DELETE FROM takes WHERE taken_at < ?", (oldest,))
+    db.execute("DELETE FROM refused_streams WHERE at < ?", (oldest,))
     db.execute(_FORGET_TAKES, (KEPT_REVISIONS,))
     forget(db, oldest)
     _drop_orphans(db)
@@ -318,6 +329,7 @@ def _drop_orphans(db: sqlite3.Connection) -> None:
     for table in ("standings", *OF_CLIENTS):
         db.execute(f"DELETE FROM {table} WHERE client NOT IN (SELECT id FROM clients)")  # noqa: S608
     db.execute("DELETE FROM takes WHERE client NOT IN (SELECT id FROM clients)")
+    db.execute("DELETE FROM refused_streams WHERE client NOT IN (SELECT id FROM clients)")
     db.execute("DELETE FROM streams WHERE id NOT IN (SELECT stream FROM standings)")
 
 
@@ -361,6 +373,18 @@ SELECT c.name, taken_at FROM takes JOIN clients c ON c.id = client JOIN streams 
 WHERE t.version = ? AND t.language = ? AND moniker = ? AND revision = ? ORDER BY taken_at DESC
 """
 _TAKERS_SHOWN = 20
+_ASKED_SINCE = """
+SELECT client, moniker FROM standings JOIN streams ON streams.id = stream WHERE max(asked_at, taken_at) >= ?
+UNION SELECT client, stream FROM refused_streams WHERE at >= ?
+"""
+_ASKERS = f"""
+SELECT version, language, moniker, count(*) FROM ({_ASKED_SINCE}) JOIN clients ON clients.id = client
+GROUP BY 1, 2, 3
+"""  # noqa: S608 - constants of ours
+_WANTED = f"""
+FROM clients WHERE id IN (SELECT client FROM ({_ASKED_SINCE}) a JOIN clients c ON c.id = a.client
+  JOIN wanted w ON w.version = c.version AND w.language = c.language AND w.moniker = a.moniker)
+"""  # noqa: S608
 _GROUPS = """
 SELECT nullif(version, '') AS version, nullif(language, '') AS language, count(*) AS clients
 FROM clients GROUP BY 1, 2 ORDER BY clients DESC, version, language LIMIT 1000
@@ -421,6 +445,7 @@ class Reports:
             self._batch.share(client)
         for refused in usage.refused:
             if (name := self.name_of(refused.client)) is not None:
+                self._batch.see(name, self._clock(), refused.version, refused.language)
                 self._batch.refuse(name, refused.rule, refused.stream, refused.times, self._clock())
 
     def take(self, taken: Taken) -> None:
@@ -620,6 +645,35 @@ class Reports:
             return len(taken), [
                 schemas.SeenClient(address=name, seen_at=at) for name, at in taken[:_TAKERS_SHOWN]
             ]
+
+        with contextlib.suppress(OSError):
+            return await self._database.run(look)
+        return 0, []
+
+    async def askers(self, since: float) -> list[tuple[str, str, str, int]]:
+        """How many clients asked for a stream since then, by the version and language that they state."""
+        await self.write_clients()
+        with contextlib.suppress(OSError):
+            return await self._database.run(
+                lambda db: [tuple(row) for row in db.execute(_ASKERS, (since, since))]
+            )
+        return []
+
+    async def asking(
+        self, groups: Iterable[tuple[str, str, str]], since: float
+    ) -> tuple[int, list[schemas.SeenClient]]:
+        """How many different clients are in these groups (version, language, stream), and some of them."""
+        wanted = list(groups)
+
+        def look(db: sqlite3.Connection) -> tuple[int, list[schemas.SeenClient]]:
+            db.execute("CREATE TEMP TABLE IF NOT EXISTS wanted(version, language, moniker)")
+            db.execute("DELETE FROM wanted")
+            db.executemany("INSERT INTO wanted VALUES(?, ?, ?)", wanted)
+            (count,) = db.execute(f"SELECT count(*) {_WANTED}", (since, since)).fetchone()
+            rows = db.execute(
+                f"SELECT name, seen_at {_WANTED} ORDER BY seen_at DESC LIMIT 20", (since, since)
+            )
+            return count, [schemas.SeenClient(address=name, seen_at=at) for name, at in rows]
 
         with contextlib.suppress(OSError):
             return await self._database.run(look)

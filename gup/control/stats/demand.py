@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import unquote
 
 from gup.content.catalog import normal_moniker
 from gup.content.key import FULL, ContentKey, Kind, delta_step
 from gup.control.dependencies import ControlDependencies
 from gup.control.entry_table import EntryTable, Row
-from gup.control.events import Committed, Refused, Take
+from gup.control.events import Committed, Group, Refused, Take
 from gup.control.stats.demand_files import (
     GROUPS,
     KEYS,
@@ -193,17 +194,19 @@ class DemandRecord:
 
     def taken(self, rows: Iterable[Take]) -> None:
         """What clients were sent, with what they state."""
-        if not self.on:
-            return
-        for take in rows:
-            group = take.version, take.language, take.key.stream
+        if self.on:
+            self.grouped(Group(take.key.stream, take.version, take.language, 1) for take in rows)
+
+    def grouped(self, rows: Iterable[Group]) -> None:
+        for stream, version, language, times in rows if self.on else ():
+            group = version, language, stream
             if group in self._groups or len(self._groups) < _MOST_GROUPS:
-                self._groups[group] += 1
+                self._groups[group] += times
 
     def refused(self, rows: Iterable[Refused]) -> None:
         """Requests that a rule refused."""
         for row in rows if self.on else ():
-            group = row.version, row.language, normal_moniker(row.stream) or row.stream
+            group = row.version, row.language, normal_moniker(unquote(row.stream)) or row.stream
             if group in self._refused or len(self._refused) < _MOST_GROUPS:
                 self._refused[group] += row.times
 
