@@ -7,6 +7,7 @@ import signal
 import pytest
 from cluster.services import owned_by, running
 from harness.commands import on
+from harness.content import zip_of
 from harness.processes import until
 from harness.upstreams import Answer
 
@@ -130,3 +131,24 @@ def test_a_member_that_hangs_has_not_confirmed_and_one_that_stops_has_left(tmp_p
         assert site.nodes.pop("c").stop() == 0
         until(lambda: states(site, "a")["c"] == "stopped", "a hears it with its next beat", 10)
         assert ">stopped</span>" in site.page_of("a")
+
+
+def test_each_gup_has_a_timeline_and_a_statement_of_its_own(site):
+    for revision, name in (("261101001", "a"), ("261102001", "b")):
+        path = f"/content/{{535CB6A4-441F-4E8A-A897-804CD859100E}}/{revision}/full.zip"
+        body = zip_of(path, 9000)
+        site.upstream.answer(path, Answer(body, etag='"a"'))
+        assert site.nodes[name].get(path).body == body
+    for revision, name in (("261101001", "a"), ("261102001", "b")):
+        gup = site.nodes[name]
+
+        def asked(gup=gup):
+            return gup.api("/api/v1/report/timeline?client=127.0.0.1")[1]
+
+        until(lambda: asked()["standings"], "it is known")
+        assert [row["revision"] for row in asked()["standings"]] == [revision]
+        assert asked()["node"] == name
+        assert f"the record of {name} alone" in on(gup, "report", "timeline", "--client", "127.0.0.1").stdout
+        month = gup.api("/api/v1/report/month")[1]
+        assert (month["node"], month["traffic"]["sent_bytes"]) == (name, 9000)
+        assert f"one, {name}" in " ".join(month["reservations"])
