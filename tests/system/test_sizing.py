@@ -110,6 +110,8 @@ def with_patches(tmp_path):
             client = gup.connect(source=address)
             assert client.get(patch, {"GUP-Client-Version": version}).status == status
         counted(gup, 17)
+        # what was sent to whom is told a second after it was asked for
+        until(lambda: gup.api("/api/v1/clients")[1]["matching"] == 3, "the three clients are known")
         tables = {
             "cache": {"max_size": MB},
             "wan": {"rate": "20kB/s"},
