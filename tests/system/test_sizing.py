@@ -8,7 +8,7 @@ import time
 
 import pytest
 from harness.commands import command, on, run
-from harness.demand import PATTERNS, SizedUpstream, body_of, delta_of, full_of
+from harness.demand import PATTERNS, SizedUpstream, body_of, delta_of, full_of, zipf
 from harness.processes import until
 from harness.service import Gup, toml
 
@@ -54,9 +54,9 @@ def wan_bytes(gup, size) -> int:
 
 def test_the_curve_is_what_a_service_of_that_size_fetches(tmp_path):
     """In small: its own size, with evictions. The long form compares others with services of theirs."""
-    paths = list(PATTERNS["aging"](1, 100))
+    paths = list(zipf(1, 60, keys=30))
     with contextlib.ExitStack() as stack:
-        gup, upstream = serve_sized(stack, tmp_path / "a", 1_600_000)
+        gup, upstream = serve_sized(stack, tmp_path / "a", MB, mean_bytes=50_000)
         fetched = drive(gup, upstream, paths)
         answer = counted(gup, len(paths))
         assert gup.metric("gup_evictions_total") > 0
