@@ -4,9 +4,6 @@ A process of its own. The store is the replay's, with the service's decision on 
 that empties at the rate of the settings, by their hours. Clients' fetches go before background ones.
 """
 
-import json
-import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -16,7 +13,7 @@ from typing import Any
 from gup.cache.budget_gate import is_spent
 from gup.config import Settings
 from gup.content.key import Kind
-from gup.control.replay import Body, Replay, SimulatedStore
+from gup.control.replay import Body, Replay, SimulatedStore, main
 from gup.control.stats.demand_files import Line
 from gup.control.wan_budget import Period, cheap_at, period_of
 from gup.upstream.bandwidth import rate_at, site_time
@@ -222,14 +219,13 @@ def dry_run(folder: Path, every: Mapping[str, Settings], since: float) -> dict[s
     }
 
 
-def main() -> None:
-    """What is asked for and the answer are JSON."""
-    os.nice(19)
-    asked, began = json.load(sys.stdin), time.process_time()
+def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """`folder`, `settings` (tables by name) and `since`, as `dry_run` has them."""
+    began = time.thread_time()
     every = {name: Settings.model_validate(tables) for name, tables in asked["settings"].items()}
     found = dry_run(Path(asked["folder"]), every, asked["since"])
-    json.dump(found | {"seconds": round(time.process_time() - began, 3)}, sys.stdout)
+    return found | {"seconds": round(time.thread_time() - began, 3)}
 
 
 if __name__ == "__main__":
-    main()
+    main(answer)

@@ -268,9 +268,9 @@ class Replay:
         If it would take too long, the stores that fetch most are left out, except the last `keeps`; they are
         `left_out` then.
         """
-        known, began = files(folder), time.process_time()
+        known, began = files(folder), time.thread_time()
         for number, path in enumerate(known):
-            self._hurry((time.process_time() - began) * len(known) / max(1, number), keeps)
+            self._hurry((time.thread_time() - began) * len(known) / max(1, number), keeps)
             starts, first = read_keys(path), True
             for start, line in read_lines(path):
                 keys = starts[start] if start < len(starts) else {}
@@ -390,14 +390,18 @@ def sizing(folder: Path, limits: Cache, sizes: Sequence[int], since: float, keep
     return {name: getattr(replay, name) for name in names} | {"until": replay.now, "stores": shown}
 
 
-def main() -> None:
+def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """`folder`, `limits` (of the section `cache`), `sizes`, `since` and `keeps`, as `sizing` has them."""
+    limits, began = Cache.model_construct(**asked["limits"]), time.thread_time()
+    found = sizing(Path(asked["folder"]), limits, asked["sizes"], asked["since"], asked["keeps"])
+    return found | {"seconds": round(time.thread_time() - began, 3)}
+
+
+def main(answer: Callable[[Mapping[str, Any]], dict[str, Any]]) -> None:
     """A process of its own, of the lowest priority: what is asked for and the answer are JSON."""
     os.nice(19)
-    asked = json.load(sys.stdin)
-    limits, began = Cache.model_construct(**asked["limits"]), time.process_time()
-    found = sizing(Path(asked["folder"]), limits, asked["sizes"], asked["since"], asked["keeps"])
-    json.dump(found | {"seconds": round(time.process_time() - began, 3)}, sys.stdout)
+    json.dump(answer(json.load(sys.stdin)), sys.stdout)
 
 
 if __name__ == "__main__":
-    main()
+    main(answer)

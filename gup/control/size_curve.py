@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from operator import itemgetter
-from typing import Any
+from typing import Any, Literal
 
+from gup.control import dry_run, replay
 from gup.control.api import schemas
 from gup.control.dependencies import ControlDependencies
 from gup.control.eviction_plan import DiskUsage
 from gup.control.stats.demand import MOST_BYTES, DemandRecord
+from gup.control.stats.demand_files import files
 from gup.errors import GupError
 from gup.units import bytes_in_words, time_in_words
 
@@ -31,8 +33,17 @@ _YOUNG_SECONDS = 60.0
 _REST_FACTOR = 20
 """An answer is repeated for this multiple of the time that it took."""
 _MOST_SECONDS = 600.0
+_SMALL_BYTES = 16 * 1024
+"""A smaller record is replayed in some tenths of a second."""
 _LITTLE = 0.01
 """Less than this part of the present traffic is no saving to speak of."""
+
+
+Work = Literal["replay", "dry_run"]
+_ANSWERS: Mapping[Work, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+    "replay": replay.answer,
+    "dry_run": dry_run.answer,
+}
 
 
 class ReplayError(GupError):
@@ -40,7 +51,7 @@ class ReplayError(GupError):
 
 
 async def run_replay(
-    asked: Mapping[str, Any], work: str = "replay", most_seconds: float = _MOST_SECONDS
+    asked: Mapping[str, Any], work: Work = "replay", most_seconds: float = _MOST_SECONDS
 ) -> dict[str, Any]:
     """The answer of `gup.control.replay` or `dry_run` as a process, which ends when this is cancelled."""
     given = os.memfd_create("replay")
@@ -99,11 +110,16 @@ class Sizing:
         self.last: schemas.Sizing | None = None
         """The last whole curve."""
 
-    async def replay(self, asked: Mapping[str, Any], work: str = "replay") -> dict[str, Any]:
-        """One at a time."""
+    async def replay(self, asked: Mapping[str, Any], work: Work = "replay") -> dict[str, Any]:
+        """One at a time; what takes no time to speak of needs no process."""
         async with self._replaying:
             await self._demand.write(everything=True)
-            return await run_replay({"folder": str(self._demand.folder), **asked}, work)
+            folder = self._demand.folder
+            asked = {"folder": str(folder), **asked}
+            known = await asyncio.to_thread(lambda: sum(path.stat().st_size for path in files(folder)))
+            if known < _SMALL_BYTES:
+                return await asyncio.to_thread(_ANSWERS[work], asked)
+            return await run_replay(asked, work)
 
     async def curve(self, sizes: Sequence[int] = (), days: int = DAYS) -> schemas.Sizing:
         """Over the last days; of these sizes, else of FACTORS. ReplayError when it can't be made."""

@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from gup.control import replay
 from gup.control.eviction_plan import DiskUsage
-from gup.control.size_curve import _answer
+from gup.control.size_curve import ReplayError, _answer, run_replay
+from gup.control.stats.demand_files import KEYS, ROWS, Line, append
 
 GB, DAY, NOW = 10**9, 86400.0, 1_800_000_000.0
 SIZES = [5 * GB, 10 * GB, 20 * GB, 40 * GB, 80 * GB]
@@ -88,6 +90,29 @@ def test_what_is_said(given, saying):
     assert answer.saying == saying
     assert [point.size_bytes for point in answer.points] == sorted({p.size_bytes for p in answer.points})
     assert next(p.saved_more_bytes for p in answer.points if p.factor == 1) == 0
+
+
+async def test_a_process_answers_as_a_thread_and_says_why_it_can_not(tmp_path):
+    path = tmp_path / "00000001-1800000000.demand"
+    path.touch()
+    keys = [(n, f"any/any/{{A{n}}}/260101001/full.zip", "full", 100, 0) for n in range(9)]
+    append(path, [(KEYS, keys), (ROWS, [Line(NOW, 9.0, 0, 0, 0, 0, 0, [n % 9, 0, 1]) for n in range(90)])], 0)
+    limits = {"max_size": 0, "min_free": 0, "keep_revisions": 10, "max_unused": 0.0, "max_part_age": 0.0}
+    asked = {"folder": str(tmp_path), "limits": limits, "sizes": [500, 1000], "since": 0.0, "keeps": 2}
+    by_process, by_thread = await run_replay(asked), replay.answer(asked)
+    assert by_process | {"seconds": 0} == by_thread | {"seconds": 0}
+    assert [store["wan_bytes"] for store in by_thread["stores"]] == [9000, 900, 900]
+    with pytest.raises(ReplayError, match="did not end within 0 s"):
+        await run_replay(asked, most_seconds=0.0)
+
+
+@pytest.mark.long
+async def test_a_dry_run_is_a_process_too_and_a_failure_is_told(tmp_path):
+    tables = {"tried": {"cache": {"max_size": 10**6}}}
+    found = await run_replay({"folder": str(tmp_path), "settings": tables, "since": 0.0}, "dry_run")
+    assert found["settings"]["tried"]["wan_bytes"] == 0
+    with pytest.raises(ReplayError, match="ended with status 1"):
+        await run_replay({"folder": str(tmp_path)})
 
 
 def test_sizes_that_took_too_long_are_left_out_and_named():

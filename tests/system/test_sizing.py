@@ -8,7 +8,7 @@ import time
 
 import pytest
 from harness.commands import command, on, run
-from harness.demand import PATTERNS, SizedUpstream, body_of, delta_of, full_of
+from harness.demand import PATTERNS, SizedUpstream, body_of, delta_of, full_of, zipf
 from harness.processes import until
 from harness.service import Gup, toml
 
@@ -54,9 +54,9 @@ def wan_bytes(gup, size) -> int:
 
 def test_the_curve_is_what_a_service_of_that_size_fetches(tmp_path):
     """In small: its own size, with evictions. The long form compares others with services of theirs."""
-    paths = list(PATTERNS["aging"](1, 100))
+    paths = list(zipf(1, 60, keys=30))
     with contextlib.ExitStack() as stack:
-        gup, upstream = serve_sized(stack, tmp_path / "a", 1_600_000)
+        gup, upstream = serve_sized(stack, tmp_path / "a", MB, mean_bytes=50_000)
         fetched = drive(gup, upstream, paths)
         answer = counted(gup, len(paths))
         assert gup.metric("gup_evictions_total") > 0
@@ -110,6 +110,8 @@ def with_patches(tmp_path):
             client = gup.connect(source=address)
             assert client.get(patch, {"GUP-Client-Version": version}).status == status
         counted(gup, 17)
+        # what was sent to whom is told a second after it was asked for
+        until(lambda: gup.api("/api/v1/clients")[1]["matching"] == 3, "the three clients are known")
         tables = {
             "cache": {"max_size": MB},
             "wan": {"rate": "20kB/s"},
