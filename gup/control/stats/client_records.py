@@ -560,6 +560,7 @@ class Reports:
             elif mode == "hashed":
                 rename(db, lambda name: name if is_hashed(name) else names.hashed(name))
                 rename_slow(db, lambda name: name if is_hashed(name) else names.hashed(name))
+                db.execute("UPDATE visits SET net = ''")
                 open_names = (name for name in timeline.names_of(db) if not is_hashed(name))
                 timeline.rename(db, {name: names.hashed(name) for name in open_names})
             db.execute("PRAGMA secure_delete=FAST")
