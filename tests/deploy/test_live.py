@@ -13,7 +13,7 @@ from harness.service import Gup
 from harness.upstreams import Answer, Nginx
 
 STREAMS = 50
-MAX_SERIES = 600
+MAX_SERIES = 650
 RANGE = {"$__range": "1h", "$__rate_interval": "30s"}
 MONIKERS = [f"{{{number:08X}-0000-4000-8000-000000000000}}" for number in range(STREAMS)]
 DELTA = f"xdelta{REVISION}_To_{NEXT_REVISION}.dax"
