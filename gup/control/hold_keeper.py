@@ -120,6 +120,11 @@ class HoldKeeper:
         canary = self.canary
         return canary.waiting(self._types(canary), self._clock())
 
+    @property
+    def kept_back(self) -> set[str]:
+        """The monikers of which a revision is on hold or waits."""
+        return {hold.stream for hold in self.holds} | {stream for stream, _ in self.waiting()}
+
     def waits(self, key: ContentKey) -> Waiting | None:
         """Whether the revision of a key is new."""
         canary = self.canary

@@ -207,7 +207,12 @@ class ControlState:
         self.incidents = Incidents(self.database, clock)
         self.history = Recorder(dependencies, self.database, clock)
         self.doctor = Doctor(
-            self.database, clock, lambda: self.reports.mode, self.reports.write_clients, self.label
+            self.database,
+            clock,
+            lambda: self.reports.mode,
+            self.reports.write_clients,
+            self.label,
+            lambda: self.holds.kept_back,
         )
         self.timings = Timings(
             self.database,

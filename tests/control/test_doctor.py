@@ -89,6 +89,13 @@ def test_the_same_full_again_and_again(site):
     assert site.findings(NOW + 15 * DAY) == [], "it is over"
 
 
+def test_fulls_of_a_stream_that_is_kept_back_are_no_finding(site):
+    """Its clients are redirected to the newest that all may have, and may take it several times."""
+    site.take("10.1.1.1", "260803003", days=3)
+    found = site.database.transact(lambda db: examine(db, NOW, lambda stream: stream[2], {MONIKER}))
+    assert found.rows == []
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_a_new_machine_takes_one_full_and_a_machine_set_up_anew_a_second(site, times):
     neighbours(site)

@@ -18,7 +18,7 @@ import ipaddress
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import nsmallest
@@ -333,11 +333,17 @@ def examine(
     db: sqlite3.Connection,
     now: float,
     label: Callable[[Stream], str],
+    kept_back: Container[str] = (),
 ) -> Findings:
-    """All findings. Blocks: some tenths of a second with 100,000 clients."""
+    """All findings. Blocks: some tenths of a second with 100,000 clients.
+
+    Clients are redirected to fulls of streams of which something is `kept_back` (monikers): they may take one
+    several times.
+    """
     began = time.monotonic()
     asked = {"now": now, "recent": now - _RECENT, "week": now - 7 * DAY, "today": int(now // DAY)}
-    rows = [*_of_habits(db, asked, label), *_of_rules(db, asked), *_lagging(db, asked, label)]
+    habits = [row for row in _of_habits(db, asked, label) if row.stream and row.stream[2] not in kept_back]
+    rows = [*habits, *_of_rules(db, asked), *_lagging(db, asked, label)]
     clients: dict[str, set[str]] = {name: set() for name in FINDINGS}
     for row in rows:
         clients[row.finding].add(row.client)
@@ -459,10 +465,13 @@ class Doctor:
         mode: Callable[[], str],
         write: Callable[[], Awaitable[None]],
         label: Callable[[Stream], tuple[str, str]],
+        kept_back: Callable[[], Container[str]],
     ) -> None:
-        """`mode` is reports.addresses, `write` stores what is known of clients."""
+        """`mode` is reports.addresses, `write` stores what is known of clients, `kept_back` are the monikers
+        of which a revision is on hold or waits.
+        """
         self._database, self._clock, self._mode, self._write = database, clock, mode, write
-        self._label = label
+        self._label, self._kept_back = label, kept_back
         self._next = 0.0
         self.found = nothing(0.0)
 
@@ -488,6 +497,7 @@ class Doctor:
                 lambda db: db.execute("SELECT version, language, moniker FROM streams").fetchall()
             )
             labels |= {(one[0], one[1], one[2]): " ".join(self._label(tuple(one))) for one in streams}
-            self.found = await self._database.run(lambda db: examine(db, now, label))
+            kept_back = self._kept_back()
+            self.found = await self._database.run(lambda db: examine(db, now, label, kept_back))
             self._next = time.monotonic() + _TURN_SECONDS + _REST_FACTOR * self.found.seconds
         return self.found
