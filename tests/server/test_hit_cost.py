@@ -144,6 +144,17 @@ COSTS = [
 ]
 
 
+def blocks_of(plane, heads):
+    """So many more blocks of memory are in use after these hits."""
+    gc.collect()
+    blocks = sys.getallocatedblocks()
+    for text in heads:
+        plane.hit(text)
+    plane.second()
+    gc.collect()
+    return sys.getallocatedblocks() - blocks
+
+
 @pytest.mark.parametrize(("plane", "head", "cost", "entered"), COSTS, indirect=["plane"])
 async def test_system_calls_functions_and_memory_of_a_hit(plane, head, cost, entered):
     heads = [head(at) for at in range(HITS)]
@@ -154,13 +165,8 @@ async def test_system_calls_functions_and_memory_of_a_hit(plane, head, cost, ent
     assert plane.calls == {"epoll_wait": HITS, **{name: HITS * each for name, each in cost.items()}}
     assert plane.hits - plane.hits_before == 2 * HITS
     plane.second()
-    gc.collect()
-    blocks = sys.getallocatedblocks()
-    for text in heads:
-        plane.hit(text)
-    plane.second()
-    gc.collect()
-    assert sys.getallocatedblocks() - blocks < HITS // 2  # nothing stays of a hit
+    # Nothing stays of a hit. The best of some tries: what runs the tests has threads of its own.
+    assert min(blocks_of(plane, heads) for _ in range(3)) < HITS // 2
 
 
 @pytest.mark.parametrize("plane", [4096, 32768], indirect=True)

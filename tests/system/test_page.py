@@ -52,7 +52,7 @@ return [...document.querySelectorAll("body *")].filter((element) =>
 """
 DRAWN = """
 // How many colours are in each chart; an empty one has one.
-return [...document.querySelectorAll(".plot canvas")].map((canvas) => {
+return [...document.querySelectorAll('[id^="figure-"]:not([id*="sizing"]) canvas')].map((canvas) => {
   const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
   return new Set(new Uint32Array(data.buffer)).size;
 })
