@@ -33,7 +33,7 @@ from gup.control.api import (
 )
 from gup.control.api.endpoint import ENDPOINTS, STATE, Endpoint, openapi, problem
 from gup.control.auth import Access, AccessRequest, is_near, presented, refusal
-from gup.control.dependencies import BusyError, ControlDependencies, change
+from gup.control.dependencies import BusyError, ControlDependencies
 from gup.control.eviction import AgeClock
 from gup.control.page import live, statement
 from gup.control.prefetch import LANES
@@ -457,12 +457,14 @@ class Control:
         await self.state.index.flush()
 
     async def _repin(self) -> None:
-        """Pin new generations of pinned entries on disk too; failures are retried at the next turn."""
-        claims, store, refusals = self._dependencies.claims, self._dependencies.store, self.state.refusals
+        """Pin new generations of pinned entries on disk, and what was ordered to be pinned before it was
+        known here; failures are retried at the next turn.
+        """
+        refusals = self.state.refusals
         for text in list(self.state.repin):
             key = ContentKey.parse(text)
             try:
-                await change(claims, key, partial(store.set_pinned, key, True), patience_seconds=0.0)
+                await self.state.set_pinned(key, pinned=True, patience_seconds=0.0)
             except BusyError:
                 continue
             except OSError as error:

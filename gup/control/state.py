@@ -16,7 +16,7 @@ from gup.config import Settings
 from gup.content.key import ContentKey
 from gup.control.api.schemas import Alarm, FailedFill, KeyNote, WriteRefusal
 from gup.control.budget_keeper import BudgetKeeper
-from gup.control.dependencies import BusyError, ControlDependencies, change
+from gup.control.dependencies import PATIENCE_SECONDS, BusyError, ControlDependencies, change
 from gup.control.entry_table import Stream, make_row
 from gup.control.events import (
     MAX_DATAGRAM_BYTES,
@@ -388,10 +388,14 @@ class ControlState:
         if not reason.startswith("evicted"):
             self.demand.removed(key)
 
-    async def set_pinned(self, key: ContentKey, *, pinned: bool) -> bool:
+    async def set_pinned(
+        self, key: ContentKey, *, pinned: bool, patience_seconds: float = PATIENCE_SECONDS
+    ) -> bool:
         """False when there is none. BusyError while its claim is held."""
-        store = self.dependencies.store
-        if not await change(self.dependencies.claims, key, lambda: store.set_pinned(key, pinned)):
+        claims, store = self.dependencies.claims, self.dependencies.store
+        if not pinned:
+            self.repin.discard(key.text)
+        if not await change(claims, key, lambda: store.set_pinned(key, pinned), patience_seconds):
             return False
         row = self.index.rows.get(key.text)  # looked up after the wait: it may have changed meanwhile
         if row is not None:

@@ -216,3 +216,16 @@ async def test_a_commit_goes_on_while_empty_folders_are_pruned(world, monkeypatc
         record = world.commit()
     assert world.store.load(record.key) == record
     assert next(prunes, None) is None
+
+
+async def test_what_was_to_be_pinned_before_it_was_known_is_pinned_in_lists_too(world):
+    """An order of another member may come between a commit and the event of it."""
+    key = world.commit().key
+    async with world.running() as control:
+        assert not control.state.index.rows.get(key.text).pinned
+        control.state.repin.add(key.text)
+        await world.until(lambda: control.state.index.rows.get(key.text).pinned)
+        assert world.store.load(key).pinned
+        control.state.repin.add(key.text)
+        await control.state.set_pinned(key, pinned=False)
+        assert not control.state.repin
