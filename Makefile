@@ -44,7 +44,7 @@ COVERED ?= $(filter true,$(CI))
 test: lint imports
 	$(BIN)/python -m pytest --collect-only > /dev/null & $(BIN)/mypy; status=$$?; wait; exit $$status
 	$(if $(COVERED),rm -rf build/coverage && mkdir -p build/coverage)
-	$(BIN)/$(if $(COVERED),coverage run,python) -m pytest --numprocesses 8 --dist worksteal -m "not alone and not long"
+	$(BIN)/$(if $(COVERED),coverage run,python) -m pytest --numprocesses 6 --dist worksteal -m "not alone and not long"
 	$(if $(COVERED),$(BIN)/python tests/harness/coverage_bars.py)
 
 coverage:
