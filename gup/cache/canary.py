@@ -74,11 +74,11 @@ class KnownRevisions:
         return age(revision) <= age(self.latest())
 
 
-NewRevision = tuple[str, str, float]
+FirstSeen = tuple[str, str, float]
 """A stream, a revision of it, and since when it is known; as KnownRevisions has it."""
 
 
-def ordered(order: Order) -> NewRevision:
+def ordered(order: Order) -> FirstSeen:
     """What another member of the cluster has told; InvalidError when it is no new revision."""
     given = {name: order.what.get(name) for name in ("stream", "revision", "since")}
     since = {given["revision"]: given["since"]} if isinstance(given["revision"], str) else given["revision"]

@@ -15,8 +15,8 @@ from functools import partial
 from gup.cache.canary import (
     MAX_STREAMS,
     Canary,
+    FirstSeen,
     KnownRevisions,
-    NewRevision,
     Waiting,
     age,
     keep_known,
@@ -103,7 +103,7 @@ class HoldKeeper:
         else:
             self._refused(None)
 
-    async def _take_orders(self, holds: list[RevisionHold], news: list[NewRevision]) -> None:
+    async def _take_orders(self, holds: list[RevisionHold], news: list[FirstSeen]) -> None:
         """All that the members of the cluster have ordered."""
         await self._keep(lambda _: holds, news)
 
@@ -205,7 +205,7 @@ class HoldKeeper:
     async def _keep(
         self,
         change: Callable[[list[RevisionHold]], list[RevisionHold]],
-        news: Iterable[NewRevision] = (),
+        news: Iterable[FirstSeen] = (),
     ) -> None:
         """Note it, then have the workers read it; nothing when all is as before. OSError."""
         async with self._changing:

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from gup.cache.canary import NewRevision, ordered
+from gup.cache.canary import FirstSeen, ordered
 from gup.cache.purges import FILE as PURGES_FILE
 from gup.cache.purges import Purge, Selection, keep_purges, read_purges
 from gup.cache.revision_holds import RevisionHold, read_holds
@@ -33,7 +33,7 @@ class OrderBook:
         """Noted, and not carried out yet."""
         self.tell: Callable[[], Awaitable[tuple[str, ...]]] | None = None
         """Tells the other members, and returns the names of those that did not confirm it."""
-        self.keep_holds: Callable[[list[RevisionHold], list[NewRevision]], Awaitable[None]] | None = None
+        self.keep_holds: Callable[[list[RevisionHold], list[FirstSeen]], Awaitable[None]] | None = None
         """Keeps the holds that stand and the new revisions, and tells the workers; OSError."""
         self.log = OrderLog(node, _read(run / FILE))
 

@@ -288,7 +288,7 @@ class RevisionOnHold(Response):
     newest: str | None = Field(description="The newest revision stored here that all clients may have.")
 
 
-class NewRevision(Response):
+class WaitingRevision(Response):
     stream: str = Field(description="The moniker.")
     product: str
     revision: str
@@ -298,7 +298,7 @@ class NewRevision(Response):
 
 class RevisionsOnHold(Response):
     holds: list[RevisionOnHold]
-    canary: list[NewRevision] = Field(description="New revisions, which only some clients get.")
+    canary: list[WaitingRevision] = Field(description="New revisions, which only some clients get.")
 
 
 class HoldsChanged(RevisionsOnHold):
@@ -388,7 +388,7 @@ class Status(Response):
     reload: Reload
     alarms: list[Alarm]
     holds: list[RevisionOnHold] = Field(description="Revisions that clients do not get.")
-    canary: list[NewRevision] = Field(description="New revisions, which only some clients get.")
+    canary: list[WaitingRevision] = Field(description="New revisions, which only some clients get.")
     budget: Budget | None = Field(description="Of the WAN; null: none is set.")
     outbreak: Outbreak | None = Field(description="Null: there is none.")
     cluster: Cluster | None = Field(description="None: this gup is alone.")

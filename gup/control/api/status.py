@@ -126,10 +126,12 @@ def on_hold(state: ControlState, holds: Iterable[RevisionHold]) -> list[schemas.
     ]
 
 
-def new_revisions(state: ControlState, waiting: Iterable[tuple[str, Waiting]]) -> list[schemas.NewRevision]:
+def new_revisions(
+    state: ControlState, waiting: Iterable[tuple[str, Waiting]]
+) -> list[schemas.WaitingRevision]:
     """Those that only some clients get."""
     return [
-        schemas.NewRevision(
+        schemas.WaitingRevision(
             stream=stream,
             product=state.label((ANY, ANY, stream))[0],
             revision=new.revision,
